@@ -1,0 +1,37 @@
+# Two commands do everything: `make demo` and `make test`.
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.setup-stamp
+ARGS   ?=
+
+.PHONY: demo test check setup host format clean
+
+demo: setup          ## set up, then watch a V4 model work on fresh tasks in a real container
+	@$(VENV)/bin/rorqual demo $(ARGS)
+
+test: setup check    ## set up, then every check and test
+	@$(PY) -m pytest $(ARGS)
+
+check: setup         ## ruff, mypy --strict, import contracts, generated files
+	@$(VENV)/bin/ruff check src tests benchmarks examples scripts
+	@$(VENV)/bin/ruff format --check src tests benchmarks examples scripts
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports --no-cache
+	@$(PY) scripts/unasync.py --check
+
+format: setup
+	@$(VENV)/bin/ruff check --fix src tests benchmarks examples scripts
+	@$(VENV)/bin/ruff format src tests benchmarks examples scripts
+	@$(PY) scripts/unasync.py
+
+setup: host $(STAMP)
+
+host:
+	@sh scripts/setup_host.sh
+
+$(STAMP): pyproject.toml hatch_build.py scripts/setup_venv.sh $(wildcard native/guest/*)
+	@sh scripts/setup_venv.sh $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/rorqual/sandbox/_bin
