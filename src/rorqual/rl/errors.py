@@ -1,0 +1,27 @@
+"""Errors of the rl room.
+
+RlError
+├── TaskError      a task was asked for that does not exist, or its files could not be put into the sandbox
+├── TraceError     a demonstration could not be built (unknown style, a command the simulator does not know)
+└── SampleError    a trace cannot become a training sample (a masked value is not there, sequences too long)
+"""
+
+from __future__ import annotations
+
+__all__ = ["RlError", "SampleError", "TaskError", "TraceError"]
+
+
+class RlError(Exception):
+    """Base of everything this room raises on bad input."""
+
+
+class TaskError(RlError):
+    """A task was asked for that does not exist, or its files could not be put into the sandbox."""
+
+
+class TraceError(RlError):
+    """A demonstration could not be built: names the style or the command."""
+
+
+class SampleError(RlError):
+    """A trace cannot become a training sample: names the message and the value."""
