@@ -1,20 +1,133 @@
-"""Errors of the sandbox room. Libraries raise them; only the command line exits.
+"""Everything the sandbox room raises, and why a sandbox ends.
 
-SandboxError
-└── GuestError                    the guest agent's side of things (block at the end of this file)
-    ├── GuestGone                 the connection, the agent or its sandbox died
-    ├── GuestProtocolError        the guest sent something the protocol does not allow; the connection is closed
-    ├── GuestRefused              the agent refused a call (limits, unknown command, busy)
-    └── GuestFileError            a file call failed in the guest: errno and path
+    SandboxError
+    ├── Unsupported          the substrate or this host cannot do it; `available` names what can
+    ├── InvalidRequest       an argument is wrong; nothing was started
+    ├── HostUnfit            the host lacks something (a runtime, a kernel feature); `fix` is a command
+    ├── LaunchFailed         the runtime refused to start the sandbox; `stage` names the step
+    ├── SandboxNotFound      no live sandbox has this id
+    ├── SandboxEnded         the sandbox is over; `cause` says why
+    ├── CommandNotFound      no command with this id runs, or ran recently, in the sandbox
+    ├── TrajectoryError      the trajectory log cannot be read or written
+    ├── ImageError
+    │   ├── ImageNotFound    no image with this name on this host
+    │   └── ImageRejected    an archive that is malformed, hostile or too large; nothing of it was kept
+    └── GuestError           the conversation with the guest agent failed
+        ├── GuestGone        the connection or the agent died
+        ├── GuestProtocolError   a malformed or forged frame; the connection was closed
+        ├── GuestRefused     the agent refused a call (limits, unknown command, busy); `errno`
+        └── GuestFileError   a file call failed inside the sandbox; `errno` and `path`
+
+A command's failure is a result (`exit_code`, `timed_out`, `oom`), never an exception; a sandbox's failure is an
+exception with a cause. Causes (DESIGN.md, rule 4) are the strings of `Cause`.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Literal
+
+Cause = Literal["exited", "timeout", "oom", "evicted", "infra", "policy", "killed"]
+"""exited: its first process ended by itself. timeout: its lifetime was over. oom: the memory limit killed it.
+evicted: the host needed the room. infra: our side failed (keeper or agent died). policy: it broke a rule.
+killed: somebody asked for it (`kill()`, leaving the `with` block, the client's death)."""
 
 
 class SandboxError(Exception):
-    """Base of every error this room raises."""
+    """Base of everything this room raises."""
+
+
+class Unsupported(SandboxError):
+    """What was asked for cannot be done here. Nothing was started, nothing was downgraded."""
+
+    def __init__(self, feature: str, *, reason: str, available: Sequence[str] = ()) -> None:
+        self.feature = feature
+        self.reason = reason
+        self.available = tuple(available)
+        have = f" Available: {', '.join(self.available)}." if self.available else ""
+        super().__init__(f"{feature} is not supported: {reason}.{have}")
+
+
+class InvalidRequest(SandboxError, ValueError):
+    """An argument is wrong."""
+
+
+class HostUnfit(SandboxError):
+    """The host lacks something. `fix` is the command that would change it, or ''."""
+
+    def __init__(self, what: str, *, fix: str = "") -> None:
+        self.what = what
+        self.fix = fix
+        super().__init__(f"{what}{f' Fix: {fix}' if fix else ''}")
+
+
+class LaunchFailed(SandboxError):
+    """The sandbox did not start. `stage` is the step that failed (mounts, runtime, agent)."""
+
+    def __init__(self, sandbox_id: str, *, stage: str, detail: str) -> None:
+        self.sandbox_id = sandbox_id
+        self.stage = stage
+        self.detail = detail
+        super().__init__(f"{sandbox_id}: could not start ({stage}): {detail}")
+
+
+class SandboxNotFound(SandboxError):
+    """No live sandbox has this id on this host."""
+
+    def __init__(self, sandbox_id: str, *, cause: str = "") -> None:
+        self.sandbox_id = sandbox_id
+        self.cause = cause
+        why = f"it ended with cause {cause}" if cause else "Sandbox.list() names the live ones"
+        super().__init__(f"no live sandbox {sandbox_id!r}: {why}")
+
+
+class SandboxEnded(SandboxError):
+    """The sandbox is over. `cause` is one of `Cause`."""
+
+    def __init__(self, sandbox_id: str, *, cause: Cause, detail: str = "") -> None:
+        self.sandbox_id = sandbox_id
+        self.cause: Cause = cause
+        self.detail = detail
+        super().__init__(f"{sandbox_id} has ended: {cause}{f' ({detail})' if detail else ''}")
+
+
+class CommandNotFound(SandboxError):
+    """No command with this id."""
+
+    def __init__(self, sandbox_id: str, command_id: int) -> None:
+        self.sandbox_id = sandbox_id
+        self.command_id = command_id
+        super().__init__(f"{sandbox_id}: no command {command_id}; commands.list() names those that run")
+
+
+class TrajectoryError(SandboxError):
+    """The trajectory log cannot be read or written."""
+
+
+class ImageError(SandboxError):
+    """Base of image errors."""
+
+
+class ImageNotFound(ImageError):
+    """No image with this name on this host."""
+
+    def __init__(self, name: str, *, known: Sequence[str]) -> None:
+        self.name = name
+        self.known = tuple(known)
+        super().__init__(
+            f"no image {name!r} on this host; there are: {', '.join(known)}. "
+            "Make one with images.build_debian(name) or images.import_oci(path)"
+        )
+
+
+class ImageRejected(ImageError):
+    """An archive that is malformed, hostile or too large. Nothing of it was kept."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        self.source = source
+        self.reason = reason
+        super().__init__(f"{source}: {reason}")
 
 
 # --- guest agent: raised by sandbox/_guest.py and sandbox/_protocol.py ---------------------------------------
