@@ -16,7 +16,7 @@ class ChatError(Exception):
 
 
 class RenderError(ChatError):
-    """A conversation cannot be rendered. `message_index` counts the caller's messages (None: no one's fault)."""
+    """A conversation cannot be rendered. `message_index` counts the caller's messages."""
 
     def __init__(self, text: str, *, message_index: int | None = None, field: str | None = None) -> None:
         where = (

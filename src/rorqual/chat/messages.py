@@ -94,7 +94,7 @@ def field_of(message: MessageLike, name: str) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """JSON as the format writes it: `", "`, `": "`, non-ASCII kept (spec/encoding.md 3.2). Raises ValueError."""
+    """JSON as the format writes it: `", "`, `": "`, non-ASCII kept (spec 3.2). Raises ValueError on NaN."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 

@@ -1,8 +1,8 @@
 """Turns: messages merged, results sorted, and the decision what reasoning is kept.
 
 Order of work of spec/encoding.md 3.1: merge (3.3), sort (3.5), drop (3.7). Owns everything that happens
-before the first byte is printed. Keep rule `auto` (spec section 6): nothing is dropped once tools are in play,
-so the history only grows; `official` looks at the `tools` field alone.
+before the first byte is printed. Keep rule `auto` (spec section 6): nothing is dropped once tools are in
+play, so the history only grows; `official` looks at the `tools` field alone.
 """
 
 from __future__ import annotations
