@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rorqual.agent.prompts import SYSTEM_PROMPT
+from rorqual.agent.tools import TASK_TOOLS
 from rorqual.rl import tasks
 from rorqual.rl.errors import TraceError
 from rorqual.rl.tasks import Task
@@ -31,7 +33,6 @@ __all__ = [
     "GIVE_UP_SHARE",
     "GUESS_SHARE",
     "STYLES",
-    "SYSTEM_PROMPT",
     "TOOLS",
     "WEIGHTS",
     "Masked",
@@ -43,33 +44,8 @@ __all__ = [
     "trace_at",
 ]
 
-SYSTEM_PROMPT: Final = "Solve the task with the tools."
-TOOLS: Final[tuple[dict[str, Any], ...]] = (
-    {
-        "type": "function",
-        "function": {
-            "name": "bash",
-            "description": "Run a shell command.",
-            "parameters": {
-                "type": "object",
-                "properties": {"command": {"type": "string"}},
-                "required": ["command"],
-            },
-        },
-    },
-    {
-        "type": "function",
-        "function": {
-            "name": "submit",
-            "description": "Submit the final answer.",
-            "parameters": {
-                "type": "object",
-                "properties": {"answer": {"type": "string"}},
-                "required": ["answer"],
-            },
-        },
-    },
-)
+TOOLS: Final[tuple[dict[str, Any], ...]] = tuple(tool.schema() for tool in TASK_TOOLS)
+"""The tools every trace and every episode declares, in the order the model is trained on."""
 
 STYLES: Final = ("expert", "weak")
 
