@@ -69,10 +69,10 @@ def test_weak_demonstrations_are_wrong_in_the_mode() -> None:
             used_tool += "Guess." not in text
             assert tasks.grade(trace.task, trace.answer) == float("Guess." not in text)
             assert len(trace.masked) == ("Guess." in text)
-        elif "is missing" in text:
-            gave_up += "give up" in text
-            recovered += "give up" not in text
-            assert tasks.grade(trace.task, trace.answer) == float("give up" not in text)
+        elif "Missing." in text:
+            gave_up += "Give up" in text
+            recovered += "Give up" not in text
+            assert tasks.grade(trace.task, trace.answer) == float("Give up" not in text)
     # Binomial bounds of four standard deviations around 0.70 and 0.75.
     for wrong, right, share in (
         (gave_up, recovered, traces.GIVE_UP_SHARE),

@@ -191,6 +191,9 @@ def _evaluate(expression: str) -> int:
 
 
 # ---- the experts ----
+#
+# Thoughts repeat what the call after them needs, a name last: with our tokenizer its place in the call is at
+# most 15 tokens away, so each short copy fits a window of 16 and only the goal is out of reach.
 
 
 class _Script:
@@ -250,8 +253,8 @@ def _hop(task: Task, rng: random.Random, style: str) -> Trace:
         result = script.bash(f"Open {name}.", f"cat {name}")
         if result.endswith("[exit 1]"):
             if gives_up:
-                return script.submit(f"{name} is missing: give up.", "unknown")
-            result = script.bash(f"{name} is missing: look in box {box}.", f"cat box{box}/{name}")
+                return script.submit("Missing. Give up.", "unknown")
+            result = script.bash(f"Missing. Look in box {box} for {name}.", f"cat box{box}/{name}")
         kind, _, value = result.partition(" ")
         if kind == "key":
             return script.submit(f"The key is {value}.", value)
@@ -266,7 +269,7 @@ def _calc(task: Task, rng: random.Random, style: str) -> Trace:
             guess = str(rng.randrange(10 ** (GUESS_DIGITS - 1), 10**GUESS_DIGITS))
         return script.submit("Guess.", guess, masked=True)
     expression = task.prompt.split()[-1].rstrip(".?")
-    result = script.bash("Use python.", f"python3 -c 'print({expression})'")
+    result = script.bash(f"Use python: {expression}.", f"python3 -c 'print({expression})'")
     return script.submit(f"The result is {result}.", result)
 
 
