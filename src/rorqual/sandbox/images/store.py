@@ -1,0 +1,105 @@
+"""The image store: <state>/images/<name>/{image.json, rootfs/}. An image is complete when its directory has its name.
+
+Images are built in a `.building-*` directory and renamed into place, so that a killed build leaves nothing usable and
+`prune()` finds it. Owns names and lookup; base.py, debian.py and oci.py make the contents.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rorqual.sandbox.errors import ImageNotFound, InvalidRequest
+from rorqual.sandbox.images.base import RootFs, base_image
+from rorqual.sandbox.state import StateDir
+
+BASE_NAMES = ("base", "host")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}(?::[a-z0-9][a-z0-9._-]{0,62})?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageInfo:
+    """One image on this host."""
+
+    name: str
+    origin: str
+    """'host', 'debian' or 'oci'."""
+    size_bytes: int | None
+    """Sum of its files; None for the host's own directories."""
+    digest: str
+    """Manifest digest of an OCI image, '' otherwise."""
+
+
+def image_directory(name: str, *, state: StateDir) -> Path:
+    """Raises InvalidRequest when the name is not one."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(f"image: {name!r} is not an image name (lower-case letters, digits, '.', '_', '-', ':')")
+    return state.images / name.replace(":", "@")
+
+
+def images(*, state: StateDir | None = None) -> list[ImageInfo]:
+    """Every image on this host, the base image first."""
+    state = state or StateDir.from_environment()
+    result = [ImageInfo(name="base", origin="host", size_bytes=None, digest="")]
+    if state.images.is_dir():
+        for place in sorted(state.images.iterdir()):
+            record = place / "image.json"
+            if not place.name.startswith(".") and record.is_file():
+                data = json.loads(record.read_text(encoding="utf-8"))
+                result.append(
+                    ImageInfo(
+                        name=place.name.replace("@", ":"),
+                        origin=data["origin"],
+                        size_bytes=data["size_bytes"],
+                        digest=data["digest"],
+                    )
+                )
+    return result
+
+
+def remove_image(name: str, *, state: StateDir | None = None) -> bool:
+    """Removes an image; False when there was none. Sandboxes that run on it must be gone first."""
+    state = state or StateDir.from_environment()
+    place = image_directory(name, state=state)
+    if not place.is_dir():
+        return False
+    doomed = state.images / f".removing-{os.getpid()}-{place.name}"
+    os.rename(place, doomed)
+    shutil.rmtree(doomed)
+    return True
+
+
+def install(building: Path, *, name: str, state: StateDir, record: dict[str, Any]) -> None:
+    """Writes image.json and renames the finished directory into place; an older image of this name gives way."""
+    with (building / "image.json").open("w", encoding="utf-8") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    remove_image(name, state=state)
+    os.rename(building, image_directory(name, state=state))
+    fd = os.open(state.images, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def root_file_system(name: str, *, state: StateDir) -> RootFs:
+    """What a sandbox of this image is made of.
+
+    Raises:
+        ImageNotFound: no such image; the message names those that exist.
+        InvalidRequest: not a name.
+    """
+    state.prepare()
+    if name in BASE_NAMES:
+        return base_image(state.images)
+    place = image_directory(name, state=state)
+    if not (place / "image.json").is_file():
+        raise ImageNotFound(name, known=[info.name for info in images(state=state)])
+    return RootFs(overlays=(("/", (str(place / "rootfs"),)),))

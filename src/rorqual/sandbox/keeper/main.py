@@ -1,0 +1,356 @@
+"""The keeper's loop: launches sandboxes, watches them, ends them, cleans up after them.
+
+Speaks one JSON document a line over Unix sockets: fd 0 is the owner (the client process whose death ends its
+sandboxes), `keeper.sock` in its directory is for other clients of the same user. Single-threaded; the only blocking
+work is the removal of an ended sandbox. Follows no symlinks and trusts only its own user (directories are 0700).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+from rorqual.sandbox.keeper import cgroups, launch, linux
+
+MAX_LINE = 4 << 20
+GRACE_S = 5.0
+"""Seconds between the SIGKILL of a sandbox and giving up on its reaping."""
+
+
+class Peer:
+    """One connected client."""
+
+    def __init__(self, sock: socket.socket, *, owner: bool) -> None:
+        self.sock = sock
+        self.owner = owner
+        self.buffer = b""
+
+    def send(self, document: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.sendall(json.dumps(document).encode() + b"\n")
+
+
+class Entry:
+    """One sandbox."""
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        self.order = order
+        self.id: str = order["id"]
+        self.directory: str = order["directory"]
+        self.keep: bool = order["keep"]
+        self.deadline = time.monotonic() + order["timeout"]
+        self.expires = time.time() + order["timeout"]
+        self.runtime_pid = 0
+        self.init_pid = 0
+        self.asked_cause = ""
+        self.asked_detail = ""
+        self.waiters: list[tuple[Peer, int]] = []
+        self.reply: tuple[Peer, int] | None = None
+
+
+class Keeper:
+    def __init__(self, directory: str, owner_pid: int) -> None:
+        self.directory = directory
+        self.selector = selectors.DefaultSelector()
+        self.entries: dict[str, Entry] = {}
+        self.by_pid: dict[int, Entry] = {}
+        self.queue: list[Entry] = []
+        self.launching = 0
+        self.limit = max(2, 2 * len(os.sched_getaffinity(0)))
+        self.strays: dict[int, int] = {}
+        self.idmaps = launch.Idmaps() if os.geteuid() == 0 else None
+        self.owner_alive = True
+        self.peers: set[Peer] = set()
+        self.lock = os.open(directory + "/lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.wake = wake_read
+        self.selector.register(wake_read, selectors.EVENT_READ, "wake")
+        self.listener = launch.listen(directory, "keeper.sock")
+        self.selector.register(self.listener, selectors.EVENT_READ, "listen")
+        # A forked child of the client may hold our socket's other end open: the pidfd tells of the real death.
+        try:
+            self.owner_fd = os.pidfd_open(owner_pid)
+            self.selector.register(self.owner_fd, selectors.EVENT_READ, "owner")
+        except OSError:
+            self.owner_alive = os.path.exists(f"/proc/{owner_pid}")
+        self.add_peer(socket.socket(fileno=os.dup(0)), owner=True)
+
+    def add_peer(self, sock: socket.socket, *, owner: bool) -> None:
+        sock.settimeout(10.0)  # a client that does not read its answers is dropped, not waited for
+        peer = Peer(sock, owner=owner)
+        self.peers.add(peer)
+        self.selector.register(sock, selectors.EVENT_READ, peer)
+
+    def drop_peer(self, peer: Peer) -> None:
+        self.peers.discard(peer)
+        self.selector.unregister(peer.sock)
+        peer.sock.close()
+        if peer.owner:
+            self.owner_died()
+
+    def owner_died(self) -> None:
+        if not self.owner_alive:
+            return
+        self.owner_alive = False
+        for entry in list(self.entries.values()):
+            if not entry.keep:
+                self.kill(entry, cause="killed", detail="its client ended")
+
+    # -- loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        while self.owner_alive or self.entries:
+            now = time.monotonic()
+            nearest = min((entry.deadline for entry in self.entries.values()), default=now + 3600)
+            for key, _ in self.selector.select(max(0.0, nearest - now)):
+                if key.data == "wake":
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self.wake, 4096)
+                    self.reap()
+                elif key.data == "listen":
+                    self.add_peer(self.listener.accept()[0], owner=False)
+                elif key.data == "owner":
+                    self.selector.unregister(key.fileobj)
+                    self.owner_died()
+                elif isinstance(key.data, Peer) and key.data in self.peers:
+                    self.read(key.data)
+            now = time.monotonic()
+            for entry in list(self.entries.values()):
+                if entry.deadline <= now:
+                    if entry.asked_cause:
+                        self.finish(entry, status=-1)  # SIGKILL did not end it: clean what can be cleaned
+                    else:
+                        self.kill(entry, cause="timeout", detail="its lifetime was over")
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def read(self, peer: Peer) -> None:
+        try:
+            data = peer.sock.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data or len(peer.buffer) > MAX_LINE:
+            self.drop_peer(peer)
+            return
+        *lines, peer.buffer = (peer.buffer + data).split(b"\n")
+        for line in lines:
+            request = json.loads(line)
+            try:
+                self.handle(peer, request)
+            except Exception as error:
+                peer.send({"id": request["id"], "error": {"stage": "keeper", "detail": repr(error)}})
+
+    def handle(self, peer: Peer, request: dict[str, Any]) -> None:
+        number, op = request["id"], request["op"]
+        if op == "launch":
+            entry = Entry(request["order"])
+            entry.reply = (peer, number)
+            os.mkdir(entry.directory, 0o700)
+            self.entries[entry.id] = entry
+            self.queue.append(entry)
+            self.start_queued()
+            return
+        entry_or_none = self.entries.get(request["sandbox"])
+        if entry_or_none is None:
+            peer.send({"id": number, "gone": True})
+        elif op == "kill":
+            entry_or_none.waiters.append((peer, number))
+            self.kill(entry_or_none, cause=request["cause"], detail=request["detail"])
+        elif op == "set_timeout":
+            entry = entry_or_none
+            if not entry.asked_cause:
+                entry.deadline = time.monotonic() + request["seconds"]
+                entry.expires = time.time() + request["seconds"]
+                self.write_record(entry)
+            peer.send({"id": number, "expires": entry.expires})
+        elif op == "status":
+            peer.send({"id": number, "expires": entry_or_none.expires, "init_pid": entry_or_none.init_pid})
+        else:
+            raise ValueError(f"unknown operation {op!r}")
+
+    # -- launching ---------------------------------------------------------------------------------------------
+
+    def start_queued(self) -> None:
+        while self.queue and self.launching < self.limit:
+            entry = self.queue.pop(0)
+            self.launching += 1
+            self.write_record(entry)
+            try:
+                if self.idmaps is not None:  # made here, not in the child, so that the next launch finds them
+                    for pair in entry.order["idmaps"]:
+                        self.idmaps.fd(*pair)
+                pid = os.fork()
+            except OSError as error:
+                self.launching -= 1
+                self.fail(entry, stage="fork", detail=str(error))
+                continue
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM, signal.SIGCHLD):
+                    signal.signal(number, signal.SIG_DFL)
+                launch.run(entry.order, idmaps=self.idmaps)
+                os._exit(70)
+            entry.runtime_pid = pid
+            self.by_pid[pid] = entry
+
+    def reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            entry = self.by_pid.pop(pid, None)
+            if entry is None:
+                if len(self.strays) < 1024:
+                    self.strays[pid] = status
+            elif pid == entry.runtime_pid:
+                self.launched(entry, status)
+            else:
+                self.finish(entry, status)
+
+    def launched(self, entry: Entry, status: int) -> None:
+        """The runtime has exited: either the sandbox runs, or it says why not."""
+        self.launching -= 1
+        entry.runtime_pid = 0
+        try:
+            if status:
+                raise OSError(f"exit status {os.waitstatus_to_exitcode(status)}")
+            with open(entry.directory + "/init.pid", encoding="ascii") as file:
+                entry.init_pid = int(file.read())
+        except (OSError, ValueError) as error:
+            if entry.asked_cause:
+                self.fail(entry, stage="killed", detail=entry.asked_detail or entry.asked_cause)
+            else:
+                self.fail(entry, stage="", detail=str(error))
+        else:
+            if entry.init_pid in self.strays:
+                self.finish(entry, self.strays.pop(entry.init_pid))
+            else:
+                self.by_pid[entry.init_pid] = entry
+                self.write_record(entry)
+                if entry.asked_cause:
+                    self.signal(entry)
+                if entry.reply is not None:
+                    entry.reply[0].send({"id": entry.reply[1], "init_pid": entry.init_pid, "expires": entry.expires})
+                    entry.reply = None
+        self.start_queued()
+
+    def fail(self, entry: Entry, *, stage: str, detail: str) -> None:
+        with contextlib.suppress(OSError), open(entry.directory + "/launch.err", encoding="utf-8") as file:
+            text = file.read(8192).strip()
+            detail = text.splitlines()[-1] if text else detail
+        if not stage:
+            head, colon, rest = detail.partition(": ")
+            stage, detail = (head, rest) if colon and "time=" not in head and len(head) < 20 else ("runtime", detail)
+        if entry.reply is not None:
+            entry.reply[0].send({"id": entry.reply[1], "error": {"stage": stage, "detail": detail}})
+            entry.reply = None
+        entry.asked_cause = entry.asked_cause or "infra"
+        entry.asked_detail = f"{stage}: {detail}"
+        self.finish(entry, status=-1)
+
+    def write_record(self, entry: Entry) -> None:
+        start = ""
+        if entry.init_pid:
+            with contextlib.suppress(OSError), open(f"/proc/{entry.init_pid}/stat", encoding="utf-8") as file:
+                start = file.read().rpartition(")")[2].split()[19]
+        record = {
+            **entry.order["record"],
+            "keeper": self.directory,
+            "init_pid": entry.init_pid,
+            "init_start": start,
+            "expires": entry.expires,
+        }
+        temporary = entry.directory + "/record.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(record, file)
+        os.rename(temporary, entry.directory + "/record.json")
+
+    # -- ending ------------------------------------------------------------------------------------------------
+
+    def kill(self, entry: Entry, *, cause: str, detail: str) -> None:
+        if not entry.asked_cause:
+            entry.asked_cause, entry.asked_detail = cause, detail
+            entry.deadline = time.monotonic() + GRACE_S
+        if entry in self.queue:
+            self.queue.remove(entry)
+            self.fail(entry, stage="killed", detail=detail)
+        else:
+            self.signal(entry)
+
+    def signal(self, entry: Entry) -> None:
+        pid = entry.init_pid or entry.runtime_pid
+        if pid in self.by_pid:  # not yet reaped, so the number cannot have been reused
+            os.kill(pid, signal.SIGKILL)
+
+    def finish(self, entry: Entry, status: int) -> None:
+        """The first process is gone (or never came): name the cause, remove everything, tell everybody."""
+        self.entries.pop(entry.id, None)
+        self.by_pid.pop(entry.init_pid, None)
+        path = entry.order["cgroup"]
+        cause, detail = entry.asked_cause, entry.asked_detail
+        if not cause:
+            code = os.waitstatus_to_exitcode(status)
+            if code == -signal.SIGKILL and path and cgroups.oom_kills(path):
+                cause, detail = "oom", "the memory limit killed its first process"
+            elif code < 0:
+                cause, detail = "infra", f"its first process died of signal {-code}"
+            else:
+                cause, detail = "exited", f"its first process exited with {code}"
+        if path:
+            cgroups.kill_all(path)
+            stuck = cgroups.remove(path)
+            if stuck:
+                detail += f"; cgroups left: {' '.join(stuck)}"
+        remove_directory(entry.directory, entry.order["userns"])
+        if entry.order["trajectory"]:
+            try:
+                from rorqual.sandbox import trajectory_store  # sqlite3 is loaded when first needed
+
+                trajectory_store.append_end(
+                    entry.order["trajectory"], sandbox=entry.id, cause=cause, detail=detail
+                )
+            except Exception as error:
+                detail += f"; its end is not in the trajectory log: {error}"
+        for peer, number in entry.waiters:
+            peer.send({"id": number, "cause": cause, "detail": detail})
+        for peer in self.peers:
+            peer.send({"event": "ended", "sandbox": entry.id, "cause": cause, "detail": detail})
+
+
+def remove_directory(directory: str, userns: dict[str, str] | None) -> None:
+    """Removes a sandbox's directory. Rootless, files of other container users need the same user namespace."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if not os.path.exists(directory) or userns is None:
+        return
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            launch.enter_userns(userns["uid_map"], userns["gid_map"])
+            shutil.rmtree(directory, ignore_errors=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def main() -> None:
+    directory, owner_pid = sys.argv[1], int(sys.argv[2])
+    os.umask(0o022)
+    keeper = Keeper(directory, owner_pid)
+    os.write(1, b"ready\n")
+    keeper.run()

@@ -1,0 +1,104 @@
+"""What a sandbox is given: the request of `create()`, checked. Owns the numbers' bounds and their error texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rorqual.sandbox.errors import InvalidRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mount:
+    """A host directory or file shown inside the sandbox."""
+
+    source: str
+    """Absolute path on the host; must exist."""
+    target: str
+    """Absolute path inside."""
+    readonly: bool = True
+    """Writable mounts let the sandbox change the host's files: ask for it by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxSpec:
+    """A checked request. Sizes in MiB, times in seconds."""
+
+    substrate: str = "container"
+    image: str = "base"
+    timeout: float = 300.0
+    """Lifetime from the start; then the sandbox ends with cause `timeout`."""
+    cpu: float = 1.0
+    """CPUs of time per second of wall clock."""
+    memory_mb: int = 512
+    """Everything the sandbox holds in memory, its memory-backed disk included."""
+    pids: int = 256
+    """Processes and threads."""
+    disk_mb: int | None = 512
+    """Writable disk, memory-backed and counted in memory_mb as it fills; None: the host's disk, without limit."""
+    network: str = "offline"
+    envs: Mapping[str, str] = field(default_factory=dict)
+    workdir: str | None = None
+    """Default working directory; None is the user's home."""
+    mounts: Sequence[Mount] = ()
+    user: str = ""
+    """Default user of commands and files: `user` (uid 1000) or `root` (of the sandbox, not of the host).
+    Empty: `user` where the host has ids for two, else `root`."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    keep: bool = False
+    """Outlive the client, until `timeout` or `kill()`."""
+
+    def __post_init__(self) -> None:
+        _number("timeout", self.timeout, low=0.1, high=30 * 86400, unit="seconds")
+        _number("cpu", self.cpu, low=0.01, high=1024, unit="CPUs")
+        _number("memory_mb", self.memory_mb, low=16, high=1 << 24, unit="MiB")
+        _number("pids", self.pids, low=8, high=1 << 20, unit="processes")
+        if self.disk_mb is not None:
+            _number("disk_mb", self.disk_mb, low=1, high=1 << 24, unit="MiB")
+        for name, value in self.envs.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
+                raise InvalidRequest(f"envs: {name!r} is not a variable name, or its value holds a NUL byte")
+        if self.workdir is not None and not self.workdir.startswith("/"):
+            raise InvalidRequest(f"workdir: {self.workdir!r} must be an absolute path inside the sandbox")
+        if not re.fullmatch(r"([a-z_][a-z0-9_-]{0,31})?", self.user):
+            raise InvalidRequest(f"user: {self.user!r} is not a user name")
+        for mount in self.mounts:
+            _check_mount(mount)
+
+
+def _number(name: str, value: Any, *, low: float, high: float, unit: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidRequest(f"{name}: {value!r} must be a number from {low:g} to {high:g} ({unit})")
+
+
+def _check_mount(mount: Mount) -> None:
+    parts = mount.target.split("/")
+    if not mount.target.startswith("/") or ".." in parts or not mount.target.strip("/"):
+        raise InvalidRequest(f"mounts: target {mount.target!r} must be an absolute path below /, without '..'")
+    if mount.target.strip("/").split("/")[0] in {"proc", "sys", "dev", ".rorqual"}:
+        raise InvalidRequest(f"mounts: target {mount.target!r} would hide a system directory of the sandbox")
+    if not mount.source.startswith("/") or not Path(mount.source).exists():
+        raise InvalidRequest(f"mounts: source {mount.source!r} must be an existing absolute path on the host")
+
+
+def parse_mounts(mounts: Sequence[Mount | Mapping[str, Any]] | Mapping[str, str]) -> tuple[Mount, ...]:
+    """Accepts Mount objects, mappings with their fields, or {source: target} (read-only).
+
+    Raises:
+        InvalidRequest: an entry has other fields.
+    """
+    if isinstance(mounts, Mapping):
+        return tuple(Mount(source=str(source), target=str(target)) for source, target in mounts.items())
+    result = []
+    for item in mounts:
+        if isinstance(item, Mount):
+            result.append(item)
+            continue
+        try:
+            result.append(Mount(**item))
+        except TypeError as error:
+            raise InvalidRequest(f"mounts: {dict(item)!r}: fields are source, target, readonly") from error
+    return tuple(result)

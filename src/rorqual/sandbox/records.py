@@ -1,0 +1,105 @@
+"""What the SDK returns: results, infos, entries. Frozen, and the same for `Sandbox` and `AsyncSandbox`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandResult:
+    """How a command ended. A command's failure is data, not an exception."""
+
+    stdout: str
+    """Decoded as UTF-8, what is not UTF-8 as U+FFFD; at most `max_output` bytes, from the start."""
+    stderr: str
+    exit_code: int
+    """0..255; 128 + signal when a signal ended it; 126 and 127 as in a shell."""
+    timed_out: bool
+    """Its deadline passed: its whole process group was killed; stdout and stderr hold what it had printed."""
+    truncated: bool
+    """It printed more than `max_output` on a stream; the rest was read and dropped."""
+    oom: bool
+    """The sandbox's memory limit killed a process while the command ran."""
+    seq: int
+    """Its number in the trajectory log."""
+    duration: float
+    """Seconds, as the guest agent measured them."""
+    stdout_bytes: int
+    """Bytes it wrote, kept or not."""
+    stderr_bytes: int
+    error: str
+    """Why it could not be started (no such directory, user or program), or ''."""
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0 and not self.timed_out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommandInfo:
+    """One line of `commands.list()`."""
+
+    id: int
+    """Process id inside the sandbox; what `connect` and `kill` take."""
+    command: str
+    running: bool
+    pty: bool
+    started: float
+    """Seconds ago."""
+    exit_code: int | None
+    """None while it runs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """One file of the sandbox, not followed when it is a link."""
+
+    path: str
+    name: str
+    type: Literal["file", "dir", "symlink", "other"]
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: float
+    target: str | None
+    """Where a symlink points."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxInfo:
+    """What a live sandbox is. Sizes in MiB, times in epoch seconds."""
+
+    id: str
+    substrate: str
+    image: str
+    runtime: str
+    rootless: bool
+    user: str
+    workdir: str
+    cpu: float
+    memory_mb: int
+    pids: int
+    disk_mb: int | None
+    network: str
+    created: float
+    expires: float
+    metadata: Mapping[str, str]
+    limits: Mapping[str, str]
+    """What holds each limit: 'cgroup', 'rlimit', 'tmpfs' or 'none'."""
+    notes: tuple[str, ...]
+    """What this host does differently, in sentences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One line of `doctor()`."""
+
+    name: str
+    ok: bool
+    why: str
+    """What was tried and what came of it."""
+    fix: str
+    """The command that would change it, or ''."""

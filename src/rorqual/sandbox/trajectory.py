@@ -1,0 +1,214 @@
+"""The trajectory log: every command, file write and lifecycle change of a sandbox, numbered, in order.
+
+`begin` returns once the intent is committed, so a command never runs before its row is durable; `finish` adds the
+result and does not wait. One writer thread per file commits whatever has queued up in one transaction (group commit).
+Stored output is bounded: the first and last HALF_KEPT bytes of each stream. Owns the thread; trajectory_store.py owns
+the SQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import json
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rorqual.sandbox import trajectory_store as store
+from rorqual.sandbox.errors import TrajectoryError
+
+HALF_KEPT = 32 << 10
+"""Bytes of output kept from either end of a stream."""
+REQUEST_BYTES = 64 << 10
+"""A request's texts are cut to this many characters in the log."""
+_BATCH = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrajectoryEntry:
+    """One row of the log."""
+
+    seq: int
+    kind: str
+    """'created', 'command', 'write', 'make_dir', 'remove', 'rename', 'pty', 'kill', 'set_timeout', 'ended'."""
+    request: dict[str, Any]
+    result: dict[str, Any] | None
+    """None: it was begun and its end is not known (still running, or the client died)."""
+    stdout: bytes
+    """Bounded: see HALF_KEPT. `result['stdout_cut']` tells whether the middle is missing."""
+    stderr: bytes
+    started: float
+    ended: float | None
+
+
+def bounded(data: bytes) -> tuple[bytes, bool]:
+    """Head and tail of `data`, and whether something was left out."""
+    if len(data) <= 2 * HALF_KEPT:
+        return data, False
+    return data[:HALF_KEPT] + data[-HALF_KEPT:], True
+
+
+class Log:
+    """One log file and its writer thread. Use `open_log`: one per file in a process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._connection = store.connect(str(path))
+        except (sqlite3.Error, OSError, ValueError) as error:
+            raise TrajectoryError(f"cannot open the trajectory log {path}: {error}") from error
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._failed = ""
+        self._thread = threading.Thread(target=self._write, name="rorqual-trajectory", daemon=True)
+        self._thread.start()
+
+    async def begin(self, *, sandbox: str, kind: str, request: dict[str, Any]) -> int:
+        """Adds an intent; returns its number when it is durable. Raises TrajectoryError."""
+        request = {key: _cut(value) for key, value in request.items()}
+        future = self._submit(lambda: store.begin(self._connection, sandbox=sandbox, kind=kind, request=request))
+        seq: int = await asyncio.wrap_future(future)
+        return seq
+
+    def finish(
+        self, *, sandbox: str, seq: int, result: dict[str, Any], stdout: bytes = b"", stderr: bytes = b""
+    ) -> None:
+        """Adds a result, in order, without waiting. A failure shows at the next `begin`."""
+        out, out_cut = bounded(stdout)
+        err, err_cut = bounded(stderr)
+        if out_cut or err_cut:
+            result = result | {"stdout_cut": out_cut, "stderr_cut": err_cut}
+        self._submit(
+            lambda: store.finish(
+                self._connection, sandbox=sandbox, seq=seq, result=result, stdout=out, stderr=err
+            )
+        )
+
+    async def flush(self) -> None:
+        """Returns when everything before it is committed."""
+        await asyncio.wrap_future(self._submit(lambda: None))
+
+    def read(self, sandbox: str, *, after: int = 0) -> list[TrajectoryEntry]:
+        """Every row of a sandbox with a number above `after`, in order. Reads through its own connection."""
+        try:
+            connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=10.0)
+            try:
+                rows = connection.execute(
+                    "SELECT seq, kind, request, result, stdout, stderr, started, ended FROM trajectory "
+                    "WHERE sandbox = ? AND seq > ? ORDER BY seq",
+                    (sandbox, after),
+                ).fetchall()
+            finally:
+                connection.close()
+        except sqlite3.Error as error:
+            raise TrajectoryError(f"cannot read the trajectory log {self.path}: {error}") from error
+        return [
+            TrajectoryEntry(
+                seq=seq,
+                kind=kind,
+                request=json.loads(request),
+                result=None if result is None else json.loads(result),
+                stdout=stdout or b"",
+                stderr=stderr or b"",
+                started=started,
+                ended=ended,
+            )
+            for seq, kind, request, result, stdout, stderr, started, ended in rows
+        ]
+
+    def _submit(self, work: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        if self._failed:
+            future.set_exception(TrajectoryError(f"the trajectory log {self.path} cannot be written: {self._failed}"))
+        else:
+            self._queue.put((work, future))
+        return future
+
+    def _write(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            while len(batch) < _BATCH:
+                try:
+                    batch.append(self._queue.get_nowait())
+                except queue.Empty:
+                    break
+            jobs = [item for item in batch if item is not None]
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                values = [work() for work, _ in jobs]
+                self._connection.execute("COMMIT")
+            except (sqlite3.Error, ValueError) as error:
+                # A full disk or a lost file: the log is the promise, so nothing may run without it from here on.
+                self._failed = str(error)
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                failure = TrajectoryError(f"the trajectory log {self.path} cannot be written: {error}")
+                for _, future in jobs:
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(failure)
+            else:
+                for (_, future), value in zip(jobs, values, strict=True):
+                    if future.set_running_or_notify_cancel():
+                        future.set_result(value)
+            if len(jobs) < len(batch) or self._failed:
+                self._drain()
+                self._connection.close()
+                return
+
+    def _drain(self) -> None:
+        self._failed = self._failed or "it was closed"
+        while True:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if item is not None and item[1].set_running_or_notify_cancel():
+                item[1].set_exception(TrajectoryError(f"the trajectory log {self.path}: {self._failed}"))
+
+    def close(self) -> None:
+        """Commits what is queued and closes the file. Idempotent."""
+        self._queue.put(None)
+        self._thread.join(timeout=10.0)
+
+
+def _cut(value: Any) -> Any:
+    return value[:REQUEST_BYTES] if isinstance(value, str) else value
+
+
+_logs: dict[Path, Log] = {}
+_lock = threading.Lock()
+
+
+def open_log(path: Path) -> Log:
+    """This process's log for the file, opened when it is not. Raises TrajectoryError."""
+    path = path.absolute()
+    with _lock:
+        log = _logs.get(path)
+        if log is None or log._failed or not log._thread.is_alive():
+            log = _logs[path] = Log(path)
+        return log
+
+
+def close_all() -> None:
+    """Commits and closes every log of this process."""
+    with _lock:
+        logs = list(_logs.values())
+        _logs.clear()
+    for log in logs:
+        log.close()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _logs.clear()
+
+
+atexit.register(close_all)
+os.register_at_fork(after_in_child=_after_fork)
