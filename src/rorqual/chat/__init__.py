@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from .bpe import train_bpe
 from .errors import ChatError, ParseError, RenderError, TokenizerError
+from .events import Event
+from .machine import ParserOptions
 from .messages import Diagnostic, Message, ToolCall
+from .parser import StreamParser, new_call_id, parse, parse_pieces
 from .renderer import render, render_bridge, render_segments
 from .segments import Segment
 from .tokenizer import Encoded, StreamDecoder, Tokenizer
@@ -16,14 +19,20 @@ __all__ = [
     "ChatError",
     "Diagnostic",
     "Encoded",
+    "Event",
     "Message",
     "ParseError",
+    "ParserOptions",
     "RenderError",
     "Segment",
     "StreamDecoder",
+    "StreamParser",
     "Tokenizer",
     "TokenizerError",
     "ToolCall",
+    "new_call_id",
+    "parse",
+    "parse_pieces",
     "render",
     "render_bridge",
     "render_segments",

@@ -2,7 +2,8 @@
 
 Byte-level over all 256 bytes, so any text round-trips; no regex split, so a merge may run across spaces
 and quotes (a whole scaffold such as `parameter name="command" string="true">` becomes one token); each digit
-is its own token. Special tokens come first, BOS 0, EOS 1 and pad 2 as in V4. Deterministic: same corpus, same file.
+is its own token. Special tokens come first, BOS 0, EOS 1 and pad 2 as in V4. Deterministic: same
+corpus, same file.
 """
 
 from __future__ import annotations

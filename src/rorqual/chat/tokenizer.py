@@ -21,7 +21,6 @@ from .errors import TokenizerError
 from .profile import BOS, EOS, PAD, SPECIAL_TOKENS
 from .segments import Segment
 
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -79,7 +78,7 @@ class Tokenizer:
             if text != PAD and (text not in added or found != [added[text]]):
                 raise TokenizerError(
                     f"{name}: {text!r} is not one token (it encodes to {found}): this tokenizer cannot"
-                    " carry the V4 format; use the model's own tokenizer.json or train one with rorqual.chat.train_bpe"
+                    " carry the V4 format; use the model's own tokenizer.json, or train one with train_bpe"
                 )
         self.vocab_size: int = max(full.get_vocab(with_added_tokens=True).values()) + 1
         """Ids are below this."""
