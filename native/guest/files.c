@@ -340,7 +340,7 @@ static bool owner(struct conn *c, uint32_t id, struct reader *r, struct identity
         return true;
     }
     if (identity_of(&user, who, why, sizeof why)) return true;
-    reply_error(c, id, EINVAL, why);
+    reply_error(c, id, EUSERS, why); /* not about the path: a refusal, not a file error */
     return false;
 }
 

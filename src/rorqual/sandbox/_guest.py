@@ -1,130 +1,138 @@
-"""Client of the guest agent: one multiplexed connection, commands, files.
+"""Client of the guest agent: one multiplexed connection, its commands, its file calls.
 
-Interface in place first; the bodies follow with the agent (native/guest, docs/guest-protocol.md).
+Owns requests and answers and the trust boundary: whatever the guest sends is bounded by what was asked for, and the
+first frame that breaks the protocol ends the connection (every call then raises GuestProtocolError).
+Commands belong to the agent: closing a connection leaves them running, another one attaches by pid.
+Bytes are sandbox/_protocol.py's; the other end is native/guest; docs/guest-protocol.md describes both.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import errno
+import os
+import posixpath
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, TypeAlias, TypeVar
 
-MAX_OUTPUT = 10 << 20
-"""Default of `max_output`: bytes per stream that are kept and forwarded."""
+from . import _protocol as wire
+from ._guest_process import (
+    MAX_OUTPUT,
+    WINDOW,
+    FileInfo,
+    GuestExit,
+    GuestInfo,
+    GuestProcess,
+    GuestProcessInfo,
+    PtySize,
+    StreamName,
+    pty_size,
+)
+from ._protocol import Frame, Type
+from .errors import GuestError, GuestFileError, GuestGone, GuestProtocolError, GuestRefused
 
+__all__ = [
+    "MAX_OUTPUT",
+    "FileInfo",
+    "GuestClient",
+    "GuestExit",
+    "GuestInfo",
+    "GuestProcess",
+    "GuestProcessInfo",
+    "PtySize",
+    "StreamName",
+]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PtySize:
-    """A terminal's size in characters, each 1 to 65535."""
+_T = TypeVar("_T")
 
-    rows: int = 24
-    cols: int = 80
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuestInfo:
-    """What the agent said of itself in the handshake."""
-
-    protocol: int
-    agent: str
-    """The agent's version, for logs."""
-    pid: int
-    """The agent's process id in its own namespace; 1 in a sandbox."""
-    boot_id: str
-    """32 hex digits, drawn when the agent started: two connections with one boot_id see the same commands."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuestExit:
-    """How a command ended."""
-
-    exit_code: int
-    """0..255 from exit(); 128 + signal if a signal ended it; 127 not found, 126 not executable, bad cwd or user."""
-    signal: int
-    """The signal that ended the main process, 0 if none."""
-    timed_out: bool
-    truncated: bool
-    """Some output is missing from what this client could read (over max_output, or overwritten before attach)."""
-    stdout_bytes: int
-    """Bytes the command wrote, kept or not."""
-    stderr_bytes: int
-    duration: float
-    """Seconds from start to the end of the main process."""
-    error: str
-    """Why the command could not be started ("" if it was); the same text is the last line of its stderr."""
+MAX_READ = 256 << 20
+"""`read_file` without `limit` refuses a larger file (EFBIG): a sparse one must not eat the host's memory."""
+MAX_ENTRIES = 100_000
+"""`list_dir` refuses a larger directory (EFBIG)."""
+CALL_SECONDS = 60.0
+"""An agent that answers a call later than this counts as gone. Reading stdin and wait() may take for ever."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuestProcessInfo:
-    """One line of `GuestClient.list`."""
+class _Connection(asyncio.Protocol):
+    """Bytes between the socket and the client."""
 
-    pid: int
-    argv: tuple[str, ...]
-    """What was started, cut to 256 bytes by the agent."""
-    tag: str
-    running: bool
-    pty: bool
-    started: float
-    """Seconds since the command was started."""
-    exit_code: int | None
-    """None while it runs."""
+    def __init__(self, client: GuestClient) -> None:
+        self._client = client
+        self._decoder = wire.Decoder()
+        self._loop = asyncio.get_running_loop()
+        self.transport: asyncio.Transport | None = None
+        self.closed: asyncio.Future[None] = self._loop.create_future()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileInfo:
-    """lstat of one path in the guest."""
+    def data_received(self, data: bytes) -> None:
+        try:
+            for got in self._decoder.feed(data):
+                self._client._on_frame(got)
+        except GuestProtocolError as error:
+            self._client._fail(error)
 
-    path: str
-    name: str
-    type: Literal["file", "dir", "symlink", "other"]
-    size: int
-    mode: int
-    """Permission bits, 0..0o7777."""
-    uid: int
-    gid: int
-    mtime: float
-    target: str | None
-    """Where a symlink points, else None."""
-
-
-class GuestProcess:
-    """One command, as seen through one connection."""
-
-    pid: int
-    """Process id of the command's main process, in the guest's namespace."""
-
-    def events(self) -> AsyncIterator[tuple[Literal["stdout", "stderr"], bytes]]:
-        """Output in order of arrival, until the command has ended and everything kept was delivered."""
-        raise NotImplementedError
-
-    async def wait(self) -> GuestExit:
-        """Wait for the end. Output nobody iterates is buffered up to `max_output` a stream, and events() still has it."""
-        raise NotImplementedError
-
-    async def send_stdin(self, data: bytes) -> None: ...
-
-    async def close_stdin(self) -> None: ...
-
-    async def resize(self, size: PtySize) -> None: ...
-
-    async def kill(self, signal: int = 9) -> bool:
-        raise NotImplementedError
-
-    async def detach(self) -> None:
-        """Stop receiving output; the command runs on and can be attached again."""
+    def connection_lost(self, exc: Exception | None) -> None:
+        why = (
+            f"the connection to the guest agent broke: {exc}"
+            if exc
+            else "the guest agent closed the connection"
+        )
+        self._client._fail(GuestGone(why))
+        if not self.closed.done():
+            self.closed.set_result(None)
 
 
 class GuestClient:
-    """One connection to a guest agent."""
+    """One connection to a guest agent. Use as an async context manager, or call `close`."""
 
     info: GuestInfo
 
+    def __init__(self) -> None:
+        self._connection: _Connection | None = None
+        self._calls: dict[int, tuple[Type, Callable[[Frame], Any], asyncio.Future[Any]]] = {}
+        self._streams: dict[int, GuestProcess] = {}
+        self._last_id = 0
+        self._error: GuestError | None = None
+
     @classmethod
-    async def connect(cls, path: str | Path, *, timeout: float = 10.0) -> GuestClient:
-        """Connect to the agent's Unix socket and shake hands; retries until `timeout` while nobody listens."""
-        raise NotImplementedError
+    async def connect(cls, path: str | Path, *, timeout: float = 10.0) -> GuestClient:  # noqa: ASYNC109 - public
+        """Connect to the agent's Unix socket and shake hands; retries until `timeout` (s) while nobody listens.
+
+        Raises GuestGone (nobody there, or no answer, in time), GuestProtocolError (not an agent, no common version).
+        """
+        client = cls()
+        loop = asyncio.get_running_loop()
+        pause, problem = 0.001, "no answer"
+        try:
+            async with asyncio.timeout(timeout):
+                while client._connection is None:
+                    try:
+                        _, client._connection = await _open(loop, Path(path), client)
+                    except (FileNotFoundError, ConnectionRefusedError) as error:
+                        problem = error.strerror or str(error)
+                        await asyncio.sleep(pause)
+                        pause = min(pause * 2, 0.05)
+                    except OSError as error:
+                        raise GuestGone(f"guest agent at {path}: {error.strerror or error}") from error
+                problem = "connected, but no answer to HELLO"
+                ident, future = client._expect(Type.WELCOME, wire.read_welcome)
+                client._write(wire.hello(ident))
+                welcome: wire.Welcome = await future
+        except TimeoutError as error:
+            await client.close()
+            raise GuestGone(f"guest agent at {path}: {problem} within {timeout} s") from error
+        except BaseException:
+            await client.close()
+            raise
+        client.info = GuestInfo(
+            protocol=welcome.version, agent=welcome.agent, pid=welcome.pid, boot_id=welcome.boot_id
+        )
+        return client
 
     async def __aenter__(self) -> GuestClient:
         return self
@@ -133,6 +141,14 @@ class GuestClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; commands run on. Idempotent."""
+        self._fail(GuestGone("this connection to the guest agent was closed"))
+        if self._connection is not None:
+            await asyncio.shield(self._connection.closed)
+
+    # --- commands ---
 
     async def start(
         self,
@@ -143,24 +159,140 @@ class GuestClient:
         user: str | int | None = None,
         stdin: bool = False,
         pty: PtySize | None = None,
-        timeout: float | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - enforced in the guest
         max_output: int = MAX_OUTPUT,
         tag: str = "",
     ) -> GuestProcess:
-        """Start a command. `env` is laid over the agent's own environment; `cwd` None is the user's home."""
-        raise NotImplementedError
+        """Start a command.
 
-    async def attach(self, pid: int) -> GuestProcess:
-        raise NotImplementedError
+        `env` is laid over the agent's own environment; `cwd` None is the user's home; `stdin` False is /dev/null.
+        `timeout` (s) counts in the guest, which then kills the command and all its descendants. A program that is not
+        found, a bad cwd or an unknown user is a result (exit 127 or 126, `GuestExit.error`), not an exception.
+        Raises GuestRefused (E2BIG: argv and env over 256 KiB; EAGAIN: too many commands), ValueError (bad arguments).
+        """
+        if timeout is not None and not 0 < timeout < 4e9:
+            raise ValueError(f"timeout is {timeout} s; give a positive number, or None for no limit")
+        if not 0 <= max_output <= wire.NO_LIMIT:
+            raise ValueError(f"max_output is {max_output} bytes; give a number from 0 on")
+        process = GuestProcess(self, self._new_id(), max_output, strict=True)
+        request = wire.start(
+            process._id,
+            argv,
+            cwd=cwd,
+            env=env,
+            who=user,
+            stdin=stdin,
+            pty=pty_size(pty) if pty is not None else None,
+            timeout_ms=0 if timeout is None else max(1, round(timeout * 1000)),
+            max_output=max_output,
+            credit=WINDOW,
+            tag=tag,
+        )
+        return await self._open_stream(process, request, kill=True)
 
-    async def list(self) -> list[GuestProcessInfo]:
-        raise NotImplementedError
+    async def attach(self, pid: int, *, max_output: int = MAX_OUTPUT) -> GuestProcess:
+        """A running or recently ended command: its output from the start, then live, then its end.
+
+        The agent keeps the last 1 MiB of each stream; if the start is gone, `truncated` says so. `max_output` bounds
+        what wait() may buffer here. Raises GuestRefused (ESRCH: no such command).
+        """
+        process = GuestProcess(self, self._new_id(), max_output, strict=False)
+        request = wire.frame(Type.ATTACH, process._id, wire.u32(_pid(pid)), wire.u32(WINDOW))
+        return await self._open_stream(process, request, kill=False)
+
+    async def _open_stream(self, process: GuestProcess, request: bytes, *, kill: bool) -> GuestProcess:
+        ident, future = self._expect(Type.STARTED, wire.read_started, ident=process._id)
+        self._streams[ident] = process
+        try:
+            self._write(request)
+            started: wire.Started = await self._answer(future, "start" if kill else "attach", CALL_SECONDS)
+        except asyncio.CancelledError:
+            # The command may be running by now and nobody will know its pid: stop it once the answer names it.
+            future.add_done_callback(lambda done: self._abandon(ident, done, kill=kill))
+            raise
+        except BaseException:
+            self._streams.pop(ident, None)
+            raise
+        process.pid = started.pid
+        return process
+
+    def _abandon(self, ident: int, done: asyncio.Future[Any], *, kill: bool) -> None:
+        if done.cancelled() or done.exception() is not None or self._error is not None:
+            self._streams.pop(ident, None)
+            return
+        if kill:
+            call, _ = self._expect(Type.RESULT, wire.read_flag)
+            self._write(wire.frame(Type.KILL, call, wire.u32(done.result().pid), wire.u32(9)))
+        self._expect(Type.RESULT, wire.read_empty, ident=ident)
+        self._write(wire.frame(Type.DETACH, ident))
+
+    async def _detach(self, ident: int) -> None:
+        _, future = self._expect(Type.RESULT, wire.read_empty, ident=ident)
+        self._write(wire.frame(Type.DETACH, ident))
+        await self._answer(future, "detach", CALL_SECONDS)
+
+    async def list(self) -> _Processes:
+        """Running commands and the last 256 ended ones, in order of start."""
+        found: _Processes = []
+        after = 0
+        while True:
+            listed, next_after = await self._call(Type.LIST, wire.u64(after), read=wire.read_list)
+            for one in listed:
+                found.append(
+                    GuestProcessInfo(
+                        pid=one.pid,
+                        argv=one.argv,
+                        tag=one.tag,
+                        running=one.running,
+                        pty=one.pty,
+                        started=one.age_ns / 1e9,
+                        exit_code=None if one.running else one.exit_code,
+                    )
+                )
+            if next_after == 0:
+                return found
+            if next_after <= after or len(found) > 4096:
+                raise self._fail(GuestProtocolError("the guest's list of commands does not end"))
+            after = next_after
 
     async def kill(self, pid: int, *, signal: int = 9) -> bool:
-        raise NotImplementedError
+        """Signal a command's whole process group; 9 also hunts down whatever left the group. False: nothing to hit."""
+        if not 1 <= signal <= 64:
+            raise ValueError(f"signal {signal} is not a number from 1 to 64")
+        try:
+            return await self._call(Type.KILL, wire.u32(_pid(pid)), wire.u32(signal), read=wire.read_flag)
+        except GuestRefused as error:
+            if error.errno == errno.ESRCH:
+                return False
+            raise
+
+    # --- files: paths are absolute, in the guest's view ---
 
     async def read_file(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
-        raise NotImplementedError
+        """Bytes of a regular file from `offset`, at most `limit`. Raises GuestFileError (EFBIG: over MAX_READ)."""
+        if offset < 0 or (limit is not None and limit < 0):
+            raise ValueError(f"offset {offset}, limit {limit}: neither may be negative")
+        most = MAX_READ + 1 if limit is None else limit
+        data = bytearray()
+        handle = 0
+        try:
+            ask = (wire.u64(offset), wire.u64(most), wire.path(path))
+            handle, chunk = await self._file(Type.READ_OPEN, path, *ask, read=wire.read_chunk)
+            while True:
+                if len(data) + len(chunk) > most or (handle and not chunk):
+                    raise self._fail(
+                        GuestProtocolError(f"the guest's answer to a read of {path} does not add up")
+                    )
+                data += chunk
+                if not handle:
+                    break
+                handle, chunk = await self._file(Type.READ_NEXT, path, wire.u32(handle), read=wire.read_chunk)
+        except BaseException:
+            self._drop_handle(handle)
+            raise
+        if limit is None and len(data) > MAX_READ:
+            raise GuestFileError(errno.EFBIG, path, call="read without limit")
+        return bytes(data)
 
     async def write_file(
         self,
@@ -172,28 +304,232 @@ class GuestClient:
         make_parents: bool = True,
         user: str | int | None = None,
     ) -> None:
-        """`mode` None keeps an existing file's bits, else 0o644; `user` owns what is created (None: the agent's user)."""
-        raise NotImplementedError
+        """Write a whole file, atomically (temporary beside it, then rename), or append to it.
+
+        `mode` None keeps an existing file's bits, else 0o644. `user` owns what is created (None: the agent's user).
+        Through a symlink the target is written. Raises GuestFileError; GuestRefused if there is no such user.
+        """
+        if mode is not None and not 0 <= mode <= 0o7777:
+            raise ValueError(f"mode {mode:#o} is not permission bits (0 to 0o7777)")
+        first, rest = data[: wire.MAX_CHUNK], memoryview(data)[wire.MAX_CHUNK :]
+        flags = append | make_parents << 1 | bool(rest) << 2 | (mode is not None) << 3
+        handle = 0
+        try:
+            ask = (wire.u8(flags), wire.u32(mode or 0), wire.user(user), wire.path(path), first)
+            handle = await self._file(Type.WRITE_OPEN, path, *ask, read=wire.read_handle)
+            for at in range(0, len(rest), wire.MAX_CHUNK):
+                chunk = bytes(rest[at : at + wire.MAX_CHUNK])
+                more = at + wire.MAX_CHUNK < len(rest)
+                step = (wire.u32(handle), wire.u8(more), chunk)
+                await self._file(Type.WRITE_NEXT, path, *step, read=wire.read_handle)
+            handle = 0
+        except BaseException:
+            self._drop_handle(handle)
+            raise
 
     async def stat(self, path: str) -> FileInfo:
-        raise NotImplementedError
+        """What lies at `path` itself (a symlink is not followed). Raises GuestFileError."""
+        found = await self._file(Type.STAT, path, wire.path(path), read=wire.read_stat)
+        return _info(found, path, posixpath.basename(path.rstrip("/")) or "/")
 
-    async def list_dir(self, path: str) -> list[FileInfo]:
-        raise NotImplementedError
+    async def list_dir(self, path: str) -> _Files:
+        """Entries of a directory, sorted by name. Raises GuestFileError (EFBIG: over MAX_ENTRIES)."""
+        found: _Files = []
+        handle = 0
+        try:
+            handle, page = await self._file(Type.DIR_OPEN, path, wire.path(path), read=wire.read_page)
+            while True:
+                found += [_info(one, posixpath.join(path, one.name), one.name) for one in page]
+                if not handle:
+                    return sorted(found, key=lambda info: info.name)
+                if len(found) > MAX_ENTRIES:
+                    raise GuestFileError(errno.EFBIG, path, call="list")
+                handle, page = await self._file(Type.DIR_NEXT, path, wire.u32(handle), read=wire.read_page)
+        except BaseException:
+            self._drop_handle(handle)
+            raise
 
     async def make_dir(self, path: str, *, parents: bool = True, user: str | int | None = None) -> bool:
-        """False if the directory was already there."""
-        raise NotImplementedError
+        """False if the directory was already there (with `parents`; without, that is GuestFileError EEXIST)."""
+        ask = (wire.u8(parents), wire.user(user), wire.path(path))
+        return await self._file(Type.MKDIR, path, *ask, read=wire.read_flag)
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
-        raise NotImplementedError
+        """Remove a file, a link, an empty directory, or with `recursive` a tree. Raises GuestFileError."""
+        ask = (wire.u8(recursive), wire.path(path))
+        await self._file(Type.REMOVE, path, *ask, read=wire.read_empty, deadline=None)
 
     async def rename(self, src: str, dst: str) -> None:
-        raise NotImplementedError
+        """rename(2): replaces a file at `dst`. Raises GuestFileError (its path is `src`)."""
+        await self._file(Type.RENAME, src, wire.path(src), wire.path(dst), read=wire.read_empty)
 
     async def exists(self, path: str) -> bool:
-        raise NotImplementedError
+        """Whether something lies at `path`, a dangling symlink included."""
+        try:
+            await self.stat(path)
+        except GuestFileError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return False
+            raise
+        return True
 
-    async def close(self) -> None:
-        """Close the connection; commands run on. Idempotent."""
-        raise NotImplementedError
+    # --- requests and answers ---
+
+    def _new_id(self) -> int:
+        while True:
+            self._last_id = self._last_id % 0xFFFFFFFF + 1
+            if self._last_id not in self._calls and self._last_id not in self._streams:
+                return self._last_id
+
+    def _expect(
+        self, kind: Type, read: Callable[[Frame], Any], *, ident: int = 0
+    ) -> tuple[int, asyncio.Future[Any]]:
+        """Await an answer of `kind`. `read` decodes it as it arrives, so that a bad one ends the connection."""
+        ident = ident or self._new_id()
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[ident] = (kind, read, future)
+        return ident, future
+
+    def _write(self, data: bytes) -> None:
+        if self._error is not None:
+            raise self._error
+        assert self._connection is not None and self._connection.transport is not None
+        self._connection.transport.write(data)
+
+    async def _answer(self, future: asyncio.Future[Any], call: str, deadline: float | None) -> Any:
+        try:
+            async with asyncio.timeout(deadline):
+                return await asyncio.shield(
+                    future
+                )  # cancelled callers leave the answer to be read and dropped
+        except TimeoutError:
+            raise self._fail(
+                GuestGone(f"the guest agent did not answer {call} within {deadline} s")
+            ) from None
+        except GuestRefused as error:
+            raise GuestRefused(f"{call}: {error}", errno=error.errno) from None
+
+    async def _call(
+        self, kind: Type, *parts: bytes, read: Callable[[Frame], _T], deadline: float | None = CALL_SECONDS
+    ) -> _T:
+        ident, future = self._expect(Type.RESULT, read)
+        try:
+            self._write(wire.frame(kind, ident, *parts))
+        except BaseException:
+            self._calls.pop(ident, None)
+            raise
+        answer: _T = await self._answer(future, kind.name.lower().replace("_", " "), deadline)
+        return answer
+
+    async def _file(
+        self,
+        kind: Type,
+        path: str,
+        *parts: bytes,
+        read: Callable[[Frame], _T],
+        deadline: float | None = CALL_SECONDS,
+    ) -> _T:
+        try:
+            return await self._call(kind, *parts, read=read, deadline=deadline)
+        except GuestRefused as error:
+            if error.errno in (errno.EUSERS, errno.E2BIG):
+                raise  # no such user, too large a request: not about the path
+            raise GuestFileError(error.errno, path, call=kind.name.lower().partition("_")[0]) from None
+
+    def _drop_handle(self, handle: int) -> None:
+        if handle and self._error is None:
+            ident, _ = self._expect(Type.RESULT, wire.read_empty)
+            self._write(wire.frame(Type.CLOSE, ident, wire.u32(handle)))
+
+    def _on_frame(self, got: Frame) -> None:
+        if self._error is not None:
+            return
+        if got.type in (Type.DATA, Type.EXIT):
+            process = self._streams.get(got.id)
+            if process is None:
+                raise GuestProtocolError(f"the guest sent output for attachment {got.id}, which is not open")
+            if got.type is Type.DATA:
+                process._on_data(*wire.read_data(got))
+            else:
+                process._on_exit(wire.read_exit(got))
+                del self._streams[got.id]
+            return
+        if got.id == 0 and got.type is Type.ERROR:
+            raise GuestProtocolError(
+                f"the guest agent refused our frame and hung up: {wire.read_error(got)}"
+            )
+        if got.id not in self._calls or got.type not in (self._calls[got.id][0], Type.ERROR):
+            raise GuestProtocolError(
+                f"the guest sent {got.type.name} for request {got.id}, which awaits none"
+            )
+        expected, read, future = self._calls.pop(got.id)
+        if got.type is Type.ERROR or expected is Type.RESULT:
+            self._streams.pop(got.id, None)  # a refused START or ATTACH, a DETACH carried out
+        try:
+            answer = wire.read_error(got) if got.type is Type.ERROR else read(got)
+        except GuestProtocolError as error:
+            self._settle(future, error)
+            raise
+        self._settle(future, answer)
+
+    @staticmethod
+    def _settle(future: asyncio.Future[Any], answer: object) -> None:
+        if future.done():
+            return
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+            future.exception()  # retrieved: a call nobody waits for any more is no news
+        else:
+            future.set_result(answer)
+
+    def _fail(self, error: GuestError) -> GuestError:
+        """End everything with `error`, once; later calls raise the first. Returns what was kept."""
+        if self._error is None:
+            self._error = error
+            if self._connection is not None and self._connection.transport is not None:
+                self._connection.transport.abort()
+            for _, _, future in self._calls.values():
+                self._settle(future, error)
+            for process in self._streams.values():
+                process._on_failure(error)
+            self._calls.clear()
+            self._streams.clear()
+        return self._error
+
+
+_Processes: TypeAlias = list[GuestProcessInfo]  # inside GuestClient, `list` is the method
+_Files: TypeAlias = list[FileInfo]
+
+
+async def _open(
+    loop: asyncio.AbstractEventLoop, path: Path, client: GuestClient
+) -> tuple[asyncio.BaseTransport, _Connection]:
+    if len(os.fsencode(path)) < 108:
+        return await loop.create_unix_connection(lambda: _Connection(client), str(path))
+    # sun_path holds 107 bytes; a directory descriptor makes any path short
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        short = f"/proc/self/fd/{folder}/{path.name}"
+        return await loop.create_unix_connection(lambda: _Connection(client), short)
+    finally:
+        os.close(folder)
+
+
+def _pid(pid: int) -> int:
+    if not 1 <= pid < 2**31:
+        raise ValueError(f"pid {pid} is not a process id")
+    return pid
+
+
+def _info(found: wire.Stat, path: str, name: str) -> FileInfo:
+    return FileInfo(
+        path=path,
+        name=name,
+        type=found.type,
+        size=found.size,
+        mode=found.mode,
+        uid=found.uid,
+        gid=found.gid,
+        mtime=found.mtime,
+        target=found.target if found.type == "symlink" else None,
+    )

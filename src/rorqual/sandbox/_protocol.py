@@ -1,8 +1,8 @@
 """Bytes of the guest protocol, host side: frames, payload fields, bounds (docs/guest-protocol.md).
 
 A frame is u32 payload length, u8 type, three zero bytes, u32 id, payload; little-endian throughout.
-Owns encoding and checking; never touches a socket (sandbox/_guest.py does). The guest is not trusted: each length is
-checked before anything is allocated for it, each field against its range, and what does not fit is GuestProtocolError.
+Owns encoding and checking; never touches a socket (sandbox/_guest.py does). The guest is not trusted: each length
+is checked before anything is allocated for it, each field against its range; else GuestProtocolError.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MAX_STRINGS = 4096
 """Entries of argv, and of env."""
 MAX_PATH = 4095
 MAX_TAG = 256
+MAX_HANDLES = 16
 NO_LIMIT = 2**63 - 1
 
 _HEADER = struct.Struct("<IB3xI")
@@ -76,7 +77,7 @@ class Frame:
 
 
 class Decoder:
-    """Cuts a byte stream from the guest into frames. Holds at most one frame and what came with its last bytes."""
+    """Cuts a byte stream from the guest into frames. Holds one frame, and what came with its last bytes."""
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -90,9 +91,7 @@ class Decoder:
         while len(held) - at >= _HEADER.size:
             length, kind, ident = _HEADER.unpack_from(held, at)
             if length > MAX_PAYLOAD:
-                raise GuestProtocolError(
-                    f"the guest announced a frame of {length} bytes; {MAX_PAYLOAD} is the most"
-                )
+                raise GuestProtocolError(f"the guest announced a frame of {length} bytes, over {MAX_PAYLOAD}")
             if held[at + 5 : at + 8] != _RESERVED:
                 raise GuestProtocolError("the guest sent a frame whose reserved bytes are not zero")
             if kind not in _FROM_GUEST:
@@ -215,7 +214,7 @@ def path(value: str | os.PathLike[str]) -> bytes:
 
 
 def user(value: str | int | None) -> bytes:
-    """Who to run as or give a file to: None is the agent's own user, an int a uid, a str a name of /etc/passwd."""
+    """Who to run as or give a file to: None is the agent's user, an int a uid, a str a name of /etc/passwd."""
     if value is None:
         return u8(0) + u32(0) + u32(0)
     if isinstance(value, int):
@@ -346,11 +345,38 @@ def read_welcome(got: Frame) -> Welcome:
     return welcome
 
 
-def read_error(got: Frame) -> tuple[int, str]:
+def read_error(got: Frame) -> GuestRefused:
     r = Reader(got)
-    errno, text = r.u32(4095), r.string(1024).decode("utf-8", "replace")
+    number, text = r.u32(4095), r.string(1024).decode("utf-8", "replace")
     r.end()
-    return errno, text
+    return GuestRefused(text, errno=number)
+
+
+def read_empty(got: Frame) -> None:
+    Reader(got).end()
+
+
+def read_flag(got: Frame) -> bool:
+    r = Reader(got)
+    flag = r.u8(1)
+    r.end()
+    return bool(flag)
+
+
+def read_handle(got: Frame) -> int:
+    r = Reader(got)
+    handle = r.u32(MAX_HANDLES)
+    r.end()
+    return handle
+
+
+def read_chunk(got: Frame) -> tuple[int, bytes]:
+    """Handle to read on from (0: that was all), and bytes."""
+    r = Reader(got)
+    handle, data = r.u32(MAX_HANDLES), r.rest()
+    if handle and not data:
+        raise r.bad("an empty chunk that is not the last")
+    return handle, data
 
 
 def read_started(got: Frame) -> Started:
@@ -404,7 +430,7 @@ _KINDS: Mapping[int, Literal["file", "dir", "symlink", "other"]] = {
 }
 
 
-def read_stat(r: Reader) -> Stat:
+def _stat(r: Reader) -> Stat:
     name = r.text(MAX_PATH)
     kind = _KINDS.get(r.u8())
     if kind is None:
@@ -412,3 +438,25 @@ def read_stat(r: Reader) -> Stat:
     size, mode, uid, gid = r.u64(), r.u32(0o7777), r.u32(), r.u32()
     seconds, nanos = r.i64(), r.u32(999_999_999)
     return Stat(name, kind, size, mode, uid, gid, seconds + nanos / 1e9, r.text(MAX_PATH))
+
+
+def read_stat(got: Frame) -> Stat:
+    r = Reader(got)
+    found = _stat(r)
+    r.end()
+    return found
+
+
+def read_page(got: Frame) -> tuple[int, list[Stat]]:
+    """Handle to list on from (0: that was all), and entries, whose names are safe to join to a path."""
+    r = Reader(got)
+    handle = r.u32(MAX_HANDLES)
+    entries: list[Stat] = []
+    while r.more():
+        one = _stat(r)
+        if "/" in one.name or "\0" in one.name or one.name in ("", ".", ".."):
+            raise r.bad(f"a directory entry named {one.name!r}")
+        entries.append(one)
+    if handle and not entries:
+        raise r.bad("an empty page that is not the last")
+    return handle, entries
