@@ -1,4 +1,4 @@
-"""rorqual.model.cost against the published ratios and the independent numbers in tests/oracles/kv_flops.json."""
+"""rorqual.model.cost against the published ratios and the independent numbers of oracles/kv_flops.json."""
 
 import json
 from pathlib import Path

@@ -1,17 +1,23 @@
 """Names and shapes of every tensor of a model: the official names, with routed experts stacked.
 
-Owns the table that checkpoint.py checks files against and cost.py counts. Torch-free.
+Owns the table that checkpoint.py checks files against and cost.py counts, and the words for what differs.
+Torch-free.
 spec/model.md 7.1. One thing differs from the official layout: `layers.N.ffn.experts.{e}.w1.weight`
 for each e is one tensor here, `layers.N.ffn.experts.w1` [experts, ...].
 """
 
 from __future__ import annotations
 
-from rorqual.model.config import Config
+import dataclasses
 
-__all__ = ["expected_shapes"]
+from rorqual.model.config import Config
+from rorqual.model.errors import ConfigError
+
+__all__ = ["expected_shapes", "explain_names", "explain_shape", "listed"]
 
 Shapes = dict[str, tuple[int, ...]]
+LISTED = 3
+"""Names an error text lists before it counts the rest."""
 
 
 def expected_shapes(config: Config, *, mtp: bool = True) -> Shapes:
@@ -100,3 +106,68 @@ def _moe(c: Config, name: str, *, hashed: bool) -> Shapes:
         out |= {f"{name}shared_experts.{w}.weight": (shared, d) for w in ("w1", "w3")}
         out[f"{name}shared_experts.w2.weight"] = (d, shared)
     return out
+
+
+def listed(names: set[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    some = sorted(names)
+    more = f" and {len(some) - LISTED} more" if len(some) > LISTED else ""
+    return ", ".join(some[:LISTED]) + more
+
+
+def explain_names(missing: set[str], extra: set[str], config: Config) -> str:
+    """What to say when tensors are missing or unknown, and which config fields decide about them."""
+    lines = [f"{listed(missing)}: missing."] if missing else []
+    if extra:
+        lines.append(f"{listed(extra)}: not a tensor of this configuration.")
+    fields = {
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_hash_layers": config.num_hash_layers,
+        "num_nextn_predict_layers": config.num_nextn_predict_layers,
+    }
+    said = ", ".join(f"{name} {value}" for name, value in fields.items())
+    if any(".compressor." in name or ".indexer." in name for name in missing | extra):
+        said += f", compress_ratios {list(config.compress_ratios)}"
+    return "\n".join([*lines, f"config.json says {said}: use the one that came with the weights."])
+
+
+def explain_shape(
+    stored: str,
+    found: tuple[int, ...],
+    expected: tuple[int, ...],
+    config: Config,
+    *,
+    name: str | None = None,
+    skip: int = 0,
+) -> str:
+    """What to say when `stored` (ours: `name`, of which it leaves out `skip` axes) has shape `found`.
+
+    Names the config fields behind the axes that differ, and the preset that would have fitted.
+    """
+    name = name or stored
+    axes = [i + skip for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b]
+    fields = _fields_behind(name, axes, config)
+    because = f" ({', '.join(fields)})" if fields else ""
+    text = f"{stored}: shape {list(found)}, config.json expects {list(expected)}{because}."
+    for preset, title in (("pro", "Pro"), ("flash", "Flash")):
+        other = Config.preset(preset)
+        if other != config and expected_shapes(other).get(name, ())[skip:] == found:
+            return f"{text}\nThese look like {title} weights: use the config.json that came with them."
+    return f"{text}\nUse the config.json that came with the weights."
+
+
+def _fields_behind(name: str, axes: list[int], config: Config) -> list[str]:
+    """The config fields that decide the sizes of `axes` of the tensor `name`: changes each and looks."""
+    before = expected_shapes(config).get(name, ())
+    fields = ["compress_ratios"] if name.endswith("compressor.ape") and 0 in axes else []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, int) or field.name in ("num_hidden_layers", "csa_ratio"):
+            continue
+        try:
+            after = expected_shapes(config.replace(**{field.name: value * 2})).get(name, ())
+        except ConfigError:
+            continue
+        if any(after[axis : axis + 1] != before[axis : axis + 1] for axis in axes):
+            fields.append(field.name)
+    return fields
