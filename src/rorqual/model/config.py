@@ -102,7 +102,8 @@ class Config:
         positive = (
             "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim q_lora_rank o_groups "
             "o_lora_rank sliding_window index_n_heads index_head_dim index_topk n_routed_experts "
-            "num_experts_per_tok moe_intermediate_size hc_mult csa_ratio max_position_embeddings original_seq_len"
+            "num_experts_per_tok moe_intermediate_size hc_mult csa_ratio max_position_embeddings "
+            "original_seq_len"
         )
         for name in positive.split():
             if getattr(self, name) < 1:
