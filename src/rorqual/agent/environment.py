@@ -9,6 +9,7 @@ sandbox is `EnvironmentGone` (the run ends with `sandbox_error`). Never creates 
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import os
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from rorqual.agent.errors import EnvironmentGone, SetupError
-from rorqual.sandbox.errors import SandboxError
+from rorqual.sandbox.errors import InvalidRequest, SandboxError
 
 __all__ = ["CommandEnded", "Environment", "SandboxEnvironment", "as_environment"]
 
@@ -30,6 +31,8 @@ class CommandEnded:
     exit_code: int
     timed_out: bool = False
     truncated: bool = False
+    oom: bool = False
+    """The kernel killed it for memory."""
 
 
 @runtime_checkable
@@ -79,6 +82,10 @@ class SandboxEnvironment:
                 return await asyncio.to_thread(function, *args, **kwargs)
             return await function(*args, **kwargs)
         except SandboxError as error:
+            if isinstance(
+                error, InvalidRequest
+            ):  # a NUL in a path, a file too large to read: the call's fault
+                raise OSError(errno.EINVAL, str(error)) from error
             number = getattr(error, "errno", None)
             if isinstance(number, int):
                 raise OSError(number, os.strerror(number)) from error
@@ -100,12 +107,12 @@ class SandboxEnvironment:
             exit_code=ended.exit_code,
             timed_out=ended.timed_out,
             truncated=ended.truncated,
+            oom=ended.oom,
         )
 
     async def read(self, path: str) -> bytes:
         """The bytes of the file at `path`."""
-        data = await self._call(self._sandbox.files.read, path)
-        return data.encode() if isinstance(data, str) else bytes(data)
+        return bytes(await self._call(self._sandbox.files.read, path, format="bytes"))
 
     async def write(self, path: str, data: bytes) -> None:
         """Write `data` to `path`."""
@@ -119,7 +126,7 @@ class SandboxEnvironment:
 
     def info(self) -> dict[str, Any]:
         """Id and substrate, as far as the sandbox tells."""
-        names = {"sandbox_id": "sandbox", "id": "sandbox", "substrate": "substrate"}
+        names = {"id": "sandbox", "sandbox_id": "sandbox", "substrate": "substrate"}
         found = {key: getattr(self._sandbox, name, None) for name, key in names.items()}
         return {key: value for key, value in found.items() if isinstance(value, str)}
 

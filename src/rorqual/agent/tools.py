@@ -176,6 +176,8 @@ async def _bash(context: ToolContext, arguments: Mapping[str, Any]) -> ToolOutpu
         timeout=timeout,
         truncated=ended.truncated,
     )
+    if ended.oom:
+        text += "\n[killed: out of memory]"
     details = {"exit_code": ended.exit_code, "timed_out": ended.timed_out, "truncated": ended.truncated}
     return ToolOutput(text=text, failed=ended.timed_out or ended.exit_code != 0, details=details)
 

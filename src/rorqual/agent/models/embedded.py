@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import rorqual.chat as chat
 from rorqual.agent.errors import ContextFull, ModelError
 from rorqual.agent.models.base import Completion, Delta, OnDelta, Usage
+from rorqual.agent.models.repair import split_diagnostics
 from rorqual.agent.models.sampler import Sampler
 
 __all__ = ["EmbeddedConfig", "EmbeddedModel", "Sampling", "TokenEngine", "TokenEvent"]
@@ -137,6 +138,7 @@ class EmbeddedModel:
         )
         sampler = await self._sample(prompt, params, tools, on_delta)
         message = _message(sampler.message)
+        malformed, repairs = split_diagnostics(sampler.message)
         self._remember(messages, tools, message, prompt, sampler.ids)
         usage = Usage(
             prompt_tokens=len(prompt),
@@ -150,8 +152,8 @@ class EmbeddedModel:
             message=message,
             usage=usage,
             finish_reason="length" if length else "tool_calls" if message.get("tool_calls") else "stop",
-            malformed=tuple(sampler.malformed),
-            notes=tuple(notes + [f"parser: {repair}" for repair in sampler.repairs]),
+            malformed=tuple(malformed),
+            notes=tuple(notes + [f"parser: {repair}" for repair in repairs]),
             prompt_ids=tuple(prompt),
             completion_ids=tuple(sampler.ids),
             metrics=dict(sampler.metrics),

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 
 import rorqual.chat as chat
 
-__all__ = ["LOST_CALLS", "Recovered", "recover_markup", "split_malformed"]
+__all__ = ["Recovered", "recover_markup", "split_diagnostics", "split_malformed"]
 
-LOST_CALLS = frozenset(
-    {"call_malformed", "truncated_call", "bad_invoke_header", "malformed_call", "orphan_invoke_dropped"}
-)
+_LOST = frozenset({"malformed_call", "truncated_call", "bad_invoke_header", "cut_start_tag"})
 """Diagnostics of the parser after which a call the model meant is missing from the message."""
 _MARKS = ("｜DSML｜", "|DSML|")
 
@@ -58,6 +56,22 @@ def _is_json(text: str) -> bool:
     return True
 
 
+def split_diagnostics(message: chat.Message) -> tuple[list[str], list[str]]:
+    """The parser's diagnostics: calls that were lost, and what was merely repaired; one line each.
+
+    Markup that is no call counts as a lost call where the message has no other: the model meant one.
+    """
+    lost, repaired = [], []
+    for item in message.diagnostics:
+        line = f"{item.kind}: {item.detail}" if item.detail else item.kind
+        meant = item.kind == "markup_in_text" and not message.tool_calls
+        if item.kind in _LOST or meant:
+            lost.append(line)
+        elif item.kind != "empty":
+            repaired.append(line)
+    return lost, repaired
+
+
 def recover_markup(content: str, tools: Sequence[Mapping[str, Any]], *, reasoning: str) -> Recovered | None:
     """Read DSML that arrived as text; None if there is none. A call found in reasoning ends the reasoning."""
     if any(mark in content for mark in _MARKS):
@@ -72,10 +86,6 @@ def recover_markup(content: str, tools: Sequence[Mapping[str, Any]], *, reasonin
         {**call.to_openai(), "id": call.id or f"call_{secrets.token_hex(12)}", "type": "function"}
         for call in message.tool_calls
     ]
-    lost = [
-        f"{item.kind}: {item.detail}".rstrip(": ") for item in message.diagnostics if item.kind in LOST_CALLS
-    ]
-    if not calls and not lost:
-        lost = ["markup of a call without a call in it"]
+    lost, _ = split_diagnostics(message)
     note = f"the server sent DSML markup as {where}: {len(calls)} calls recovered, {len(lost)} lost."
     return Recovered(str(message.content or ""), kept, calls, lost, note)

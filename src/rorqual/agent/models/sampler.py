@@ -13,7 +13,6 @@ from typing import Any
 
 import rorqual.chat as chat
 from rorqual.agent.models.base import Delta, OnDelta
-from rorqual.agent.models.repair import LOST_CALLS
 
 __all__ = ["Sampler"]
 
@@ -39,8 +38,6 @@ class Sampler:
         self.ids: list[int] = []
         self.finish_reason = "length"
         self.reasoning_tokens = 0
-        self.malformed: list[str] = []
-        self.repairs: list[str] = []
         self.seconds = 0.0
         self.metrics: dict[str, float] = {}
 
@@ -55,7 +52,7 @@ class Sampler:
                     self.metrics["first_token_seconds"] = time.monotonic() - started
                 self._take(event.token_id)
                 for text, special in decoder.push_pieces(event.token_id):
-                    self._show(self._parser.push_piece(text, special))
+                    self._show(self._parser.push_piece(text, special=special))
                 if event.finish_reason is not None:
                     self.finish_reason = event.finish_reason
                 if self.stop.is_set():
@@ -65,8 +62,8 @@ class Sampler:
             if close is not None:
                 close()  # a generator left open would keep the engine's sequence
         if rest := decoder.finish():
-            self._show(self._parser.push_piece(rest, False))
-        self._show(self._parser.finish())
+            self._show(self._parser.push_piece(rest, special=False))
+        self._show(self._parser.close(self.finish_reason))
         self.seconds = time.monotonic() - started
 
     @property
@@ -83,13 +80,6 @@ class Sampler:
 
     def _show(self, events: Sequence[Any]) -> None:
         for event in events:
-            if event.kind in ("call_malformed", "call_truncated"):
-                self.malformed.append(
-                    event.kind.replace("_", " ") + (f" ({event.detail})" if event.detail else "")
-                )
-            elif event.kind == "diagnostic":
-                target = self.malformed if event.text in LOST_CALLS else self.repairs
-                target.append(f"{event.text}: {event.detail}" if event.detail else event.text)
             delta = _delta(event)
             if delta is not None and self._on_delta is not None:
                 self._on_delta(delta)
