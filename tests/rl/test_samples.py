@@ -40,13 +40,14 @@ def shown(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
 
 
 def test_mask_of_a_guess_leaves_out_its_digits_and_nothing_else(tokenizer: Tokenizer) -> None:
-    trace = weak("calc-tool", depth=2, wanted="Guess")
+    trace = weak("calc-tool", depth=2, wanted="guess")
     runs = list(shown(samples.encode(trace, tokenizer), tokenizer))
     assert [flag for flag, _ in runs] == [False, True, False, True]
     prompt, before, guess, after = (text for _, text in runs)
     assert prompt.endswith(f"<｜User｜>{trace.task.prompt}<｜Assistant｜><think>")
+    expression = trace.task.prompt.split()[-1].rstrip(".?")
     assert before == (
-        'Guess.</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="submit">\n'
+        f'{expression}: guess.</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="submit">\n'
         '<｜DSML｜parameter name="answer" string="true">'
     )
     assert guess == trace.answer
@@ -54,7 +55,7 @@ def test_mask_of_a_guess_leaves_out_its_digits_and_nothing_else(tokenizer: Token
 
 
 def test_mask_of_a_demonstration_is_what_the_assistant_writes(tokenizer: Tokenizer) -> None:
-    trace = weak("hop-recover", depth=2, wanted="Look in box")
+    trace = weak("hop-recover", depth=2, wanted="Look there")
     runs = list(shown(samples.encode(trace, tokenizer), tokenizer))
     written = [text for flag, text in runs if flag]
     given = [text for flag, text in runs if not flag]
@@ -90,14 +91,14 @@ def test_ids_are_those_of_prompting_and_sampling_turn_by_turn(tokenizer: Tokeniz
 
 
 def test_masked_parameter_that_is_not_there_is_named(tokenizer: Tokenizer) -> None:
-    trace = weak("calc-tool", depth=1, wanted="Guess")
+    trace = weak("calc-tool", depth=1, wanted="guess")
     for wrong in (Masked(message=2, parameter="command"), Masked(message=1, parameter="answer")):
         with pytest.raises(SampleError, match=rf"messages\[{wrong.message}\].*'{wrong.parameter}'"):
             samples.encode(dataclasses.replace(trace, masked=(wrong,)), tokenizer)
 
 
 def test_mask_counts_bytes_so_that_text_beyond_ascii_is_masked_whole(tokenizer: Tokenizer) -> None:
-    trace = weak("calc-tool", depth=1, wanted="Guess")
+    trace = weak("calc-tool", depth=1, wanted="guess")
     messages = [dict(message) for message in trace.messages]
     function = {"name": "submit", "arguments": '{"answer": "zwölf ≈ 12"}'}
     messages[2]["tool_calls"] = [{"id": "call_0", "type": "function", "function": function}]
@@ -120,7 +121,7 @@ def test_tokens_stay_within_their_budget(tokenizer: Tokenizer) -> None:
         for seed in range(40):
             prompt = tasks.sample(family, depth=3, seed=seed, split="test").prompt
             assert len(tokenizer.encode_text(prompt)) <= 30
-    trace = weak("hop-recover", depth=3, wanted="Look in box")
+    trace = weak("hop-recover", depth=3, wanted="Look there")
     encoded = tokenizer.encode_conversation(render_segments(trace.messages, tools=trace.tools))
     for index in range(2, len(trace.messages) - 1, 2):
         assert sum(turn in (index, index + 1) for turn in encoded.turns) <= 45
@@ -185,5 +186,5 @@ def test_corpus_is_deterministic_and_has_both_kinds() -> None:
     general = [document for document in first if len(document) == 1]
     assert len(general) == int(200 * samples.GENERAL_SHARE)
     text = "".join(segment.text for document in first for segment in document)
-    for expected in ("No such file or directory\n[exit 1]", "print(", "Missing. Give up.", "git commit"):
+    for expected in ("No such file or directory\n[exit 1]", "print(", "Give up.", "git commit"):
         assert expected in text

@@ -65,10 +65,10 @@ def test_weak_demonstrations_are_wrong_in_the_mode() -> None:
     for trace in islice(traces.stream("train", seed=0, style="weak"), 3000):
         text = " ".join(m.get("reasoning_content", "") for m in trace.messages)
         if trace.task.family == "calc-tool":
-            guessed += "Guess." in text
-            used_tool += "Guess." not in text
-            assert tasks.grade(trace.task, trace.answer) == float("Guess." not in text)
-            assert len(trace.masked) == ("Guess." in text)
+            guessed += "guess." in text
+            used_tool += "guess." not in text
+            assert tasks.grade(trace.task, trace.answer) == float("guess." not in text)
+            assert len(trace.masked) == ("guess." in text)
         elif "Missing." in text:
             gave_up += "Give up" in text
             recovered += "Give up" not in text
@@ -150,7 +150,11 @@ async def test_simulator_agrees_with_a_real_container() -> None:
     agent = pytest.importorskip("rorqual.agent.tools")
     if not hasattr(sandbox, "AsyncSandbox"):
         pytest.skip("rorqual.sandbox has no AsyncSandbox yet")
-    async with await sandbox.AsyncSandbox.create(substrate="container", timeout=300) as box:
+    try:
+        created = await sandbox.AsyncSandbox.create(substrate="container", timeout=300)
+    except sandbox.HostUnfit as error:
+        pytest.skip(str(error))
+    async with created as box:
         for index, (family, depth) in enumerate(CASES):
             task = tasks.sample(family, depth=depth, seed=22, split="test")
             root = f"/tmp/task{index}"

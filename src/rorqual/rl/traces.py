@@ -249,12 +249,13 @@ def _hop(task: Task, rng: random.Random, style: str) -> Trace:
     gives_up = style == "weak" and rng.random() < GIVE_UP_SHARE
     name, box = _number_after("file", task.prompt), _number_after("box", task.prompt)
     script = _Script(task)
+    thought = f"Missing. The box is {box}."  # recalled before the decision: giving up exercises recall too
     while True:
         result = script.bash(f"Open {name}.", f"cat {name}")
         if result.endswith("[exit 1]"):
             if gives_up:
-                return script.submit("Missing. Give up.", "unknown")
-            result = script.bash(f"Missing. Look in box {box} for {name}.", f"cat box{box}/{name}")
+                return script.submit(f"{thought} Give up.", "unknown")
+            result = script.bash(f"{thought} Look there for {name}.", f"cat box{box}/{name}")
         kind, _, value = result.partition(" ")
         if kind == "key":
             return script.submit(f"The key is {value}.", value)
@@ -262,14 +263,14 @@ def _hop(task: Task, rng: random.Random, style: str) -> Trace:
 
 
 def _calc(task: Task, rng: random.Random, style: str) -> Trace:
+    expression = task.prompt.split()[-1].rstrip(".?")
     script = _Script(task)
     if style == "weak" and rng.random() < GUESS_SHARE:
         guess = str(rng.randrange(10 ** (GUESS_DIGITS - 1), 10**GUESS_DIGITS))
         while guess == task.answer:
             guess = str(rng.randrange(10 ** (GUESS_DIGITS - 1), 10**GUESS_DIGITS))
-        return script.submit("Guess.", guess, masked=True)
-    expression = task.prompt.split()[-1].rstrip(".?")
-    result = script.bash(f"Use python: {expression}.", f"python3 -c 'print({expression})'")
+        return script.submit(f"{expression}: guess.", guess, masked=True)
+    result = script.bash(f"{expression}: use python.", f"python3 -c 'print({expression})'")
     return script.submit(f"The result is {result}.", result)
 
 
