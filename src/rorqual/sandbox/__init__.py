@@ -1,0 +1,81 @@
+"""Sandboxes: one SDK, four substrates, every command in a log. See docs/sandbox.md.
+
+    from rorqual.sandbox import Sandbox
+    with Sandbox.create(timeout=300, memory_mb=512) as sb:
+        print(sb.commands.run("python3 -c 'print(6*7)'").stdout)
+
+Imports nothing of ours, and no torch. Files, top down: `_async/` (the SDK), `_sync/` (generated twin), `_session.py`
+(what one client holds), `_guest.py` and `_protocol.py` (the agent's language), `substrates/` (the environments),
+`keeper/` (the process that owns them), `images/`, `trajectory.py`, `doctor.py`, `prune.py`.
+"""
+
+from __future__ import annotations
+
+from rorqual.sandbox._async.commands import AsyncCommandHandle
+from rorqual.sandbox._async.pty import AsyncPtyHandle
+from rorqual.sandbox._async.sandbox import AsyncSandbox
+from rorqual.sandbox._guest import PtySize
+from rorqual.sandbox._sync.commands import CommandHandle
+from rorqual.sandbox._sync.pty import PtyHandle
+from rorqual.sandbox._sync.sandbox import Sandbox
+from rorqual.sandbox.errors import (
+    CommandNotFound,
+    GuestError,
+    GuestFileError,
+    GuestGone,
+    GuestProtocolError,
+    GuestRefused,
+    HostUnfit,
+    ImageError,
+    ImageNotFound,
+    ImageRejected,
+    InvalidRequest,
+    LaunchFailed,
+    SandboxEnded,
+    SandboxError,
+    SandboxNotFound,
+    TrajectoryError,
+    Unsupported,
+)
+from rorqual.sandbox.limits import Mount
+from rorqual.sandbox.prune import Pruned, prune
+from rorqual.sandbox.records import Check, CommandInfo, CommandResult, FileEntry, SandboxInfo
+from rorqual.sandbox.substrates import SUBSTRATES
+from rorqual.sandbox.trajectory import TrajectoryEntry
+
+__all__ = [
+    "SUBSTRATES",
+    "AsyncCommandHandle",
+    "AsyncPtyHandle",
+    "AsyncSandbox",
+    "Check",
+    "CommandHandle",
+    "CommandInfo",
+    "CommandNotFound",
+    "CommandResult",
+    "FileEntry",
+    "GuestError",
+    "GuestFileError",
+    "GuestGone",
+    "GuestProtocolError",
+    "GuestRefused",
+    "HostUnfit",
+    "ImageError",
+    "ImageNotFound",
+    "ImageRejected",
+    "InvalidRequest",
+    "LaunchFailed",
+    "Mount",
+    "PtyHandle",
+    "PtySize",
+    "Pruned",
+    "Sandbox",
+    "SandboxEnded",
+    "SandboxError",
+    "SandboxInfo",
+    "SandboxNotFound",
+    "TrajectoryEntry",
+    "TrajectoryError",
+    "Unsupported",
+    "prune",
+]

@@ -1,8 +1,8 @@
 """The OCI configuration of a sandbox (runtime-spec 1.0). Pure: a request in, a dictionary out.
 
-Isolation, all of it here: seven namespaces, no_new_privs, six capabilities for the agent as root of the user namespace
-(its commands run as `user` and have none), the seccomp allow-list, masked and read-only kernel files, no device but
-null, zero, full, random, urandom, tty and a private devpts, cgroup limits.
+Isolation, all of it here: seven namespaces, no_new_privs, six capabilities for the agent as root of the user
+namespace (its commands run as `user` and have none), the seccomp allow-list, masked and read-only kernel
+files, no device but null, zero, full, random, urandom, tty and a private devpts, cgroup limits.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def oci_config(
 ) -> dict[str, Any]:
     """The whole config.json.
 
-    id_map: (first host id, count) of the container's user namespace, or None when the launcher made one already.
-    has_cgroups: False leaves memory and process limits to rlimits (rootless without delegation).
+    id_map: (first host id, count) of the container's user namespace, or None when the launcher made one
+    already. has_cgroups: False leaves memory and process limits to rlimits (rootless without delegation).
     """
     linux: dict[str, Any] = {
         "namespaces": [{"type": name} for name in NAMESPACES],
@@ -93,12 +93,16 @@ def oci_config(
             "terminal": False,
             "user": {"uid": 0, "gid": 0},
             "args": [GUEST, "--listen-fd", "3"],
-            "env": [f"PATH={PATH}", "HOME=/root", "LANG=C.UTF-8", "TERM=xterm-256color", f"RORQUAL_SANDBOX={sandbox_id}"],
+            "env": [
+                f"PATH={PATH}",
+                "HOME=/root",
+                "LANG=C.UTF-8",
+                "TERM=xterm-256color",
+                f"RORQUAL_SANDBOX={sandbox_id}",
+            ],
             "cwd": "/",
             "noNewPrivileges": True,
-            "capabilities": {
-                kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")
-            },
+            "capabilities": {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
             "rlimits": rlimits(spec, has_cgroups=has_cgroups),
         },
         "mounts": mounts(),

@@ -18,8 +18,8 @@
         ├── GuestRefused     the agent refused a call (limits, unknown command, busy); `errno`
         └── GuestFileError   a file call failed inside the sandbox; `errno` and `path`
 
-A command's failure is a result (`exit_code`, `timed_out`, `oom`), never an exception; a sandbox's failure is an
-exception with a cause. Causes (DESIGN.md, rule 4) are the strings of `Cause`.
+A command's failure is a result (`exit_code`, `timed_out`, `oom`), never an exception; a sandbox's failure is
+an exception with a cause. Causes (DESIGN.md, rule 4) are the strings of `Cause`.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class ImageRejected(ImageError):
         super().__init__(f"{source}: {reason}")
 
 
-# --- guest agent: raised by sandbox/_guest.py and sandbox/_protocol.py ---------------------------------------
+# --- guest agent: raised by sandbox/_guest.py and sandbox/_protocol.py --------------------------------
 
 
 class GuestError(SandboxError):
@@ -163,4 +163,4 @@ class GuestFileError(GuestError):
         self.call = call
 
 
-# --- end of the guest agent's block --------------------------------------------------------------------------
+# --- end of the guest agent's block --------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """What this host lets a container be made of: runtimes, ids, cgroups. Looks; `doctor` tries.
 
 Owns the choice between root and rootless, and the host ids a sandbox's users become:
-  root      container ids 0..65535 are host ids ID_BASE.., which no account has; lower layers are idmapped mounts
-  rootless  the caller is `user` (1000) inside, /etc/subuid gives the other ids; without newuidmap only root exists
+  root      container ids 0..65535 are host ids ID_BASE.., which no account has; lower layers are idmapped
+  mounts rootless  the caller is `user` (1000) inside, /etc/subuid gives the other ids; without newuidmap only
+  root exists
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class HostPlan:
 
 
 def find_program(name: str) -> str | None:
-    """Looks in PATH, and in the sbin directories that a user's PATH lacks on Debian. An empty PATH finds nothing."""
+    """Looks in PATH, and in the sbin directories that a user's PATH lacks on Debian. An empty PATH finds
+    nothing."""
     path = os.environ.get("PATH", "")
     return shutil.which(name, path=f"{path}:/usr/sbin:/sbin") if path else None
 
@@ -83,14 +85,21 @@ def _subordinate(path: str, name: str, own_id: int) -> tuple[int, int] | None:
         for line in Path(path).read_text(encoding="utf-8").splitlines():
             owner, _, rest = line.partition(":")
             first, _, count = rest.partition(":")
-            if owner in (name, str(own_id)) and first.isdigit() and count.isdigit() and int(count) >= ID_COUNT:
+            if (
+                owner in (name, str(own_id))
+                and first.isdigit()
+                and count.isdigit()
+                and int(count) >= ID_COUNT
+            ):
                 return int(first), int(count)
     return None
 
 
 def keep_id_map(own_id: int, first: int) -> str:
     """The caller as 1000 inside, subordinate ids around it."""
-    return f"0 {first} {USER_ID}\n{USER_ID} {own_id} 1\n{USER_ID + 1} {first + USER_ID} {ID_COUNT - USER_ID - 1}"
+    return (
+        f"0 {first} {USER_ID}\n{USER_ID} {own_id} 1\n{USER_ID + 1} {first + USER_ID} {ID_COUNT - USER_ID - 1}"
+    )
 
 
 def plan() -> HostPlan:
@@ -104,11 +113,15 @@ def plan() -> HostPlan:
         notes = []
         id_base: int | None = next((base for base in (ID_BASE, ID_COUNT) if _mapped(base)), None)
         if id_base is None:
-            notes.append("no spare host ids here: root of the sandbox is root of this (already confined) host")
+            notes.append(
+                "no spare host ids here: root of the sandbox is root of this (already confined) host"
+            )
         memory = points.get("memory") or points.get("unified")
         has_cgroups = memory is not None and os.access(memory, os.W_OK)
         if not has_cgroups:
-            notes.append("cgroups are not writable: memory and processes are held by rlimits, CPU is not held")
+            notes.append(
+                "cgroups are not writable: memory and processes are held by rlimits, CPU is not held"
+            )
         return HostPlan(
             rootless=False,
             runtimes=runtimes,

@@ -1,4 +1,5 @@
-"""What a sandbox is given: the request of `create()`, checked. Owns the numbers' bounds and their error texts."""
+"""What a sandbox is given: the request of `create()`, checked. Owns the numbers' bounds and their error
+texts."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class SandboxSpec:
     pids: int = 256
     """Processes and threads."""
     disk_mb: int | None = 512
-    """Writable disk, memory-backed and counted in memory_mb as it fills; None: the host's disk, without limit."""
+    """Writable disk, memory-backed and counted in memory_mb as it fills; None: the host's disk, without
+    limit."""
     network: str = "offline"
     envs: Mapping[str, str] = field(default_factory=dict)
     workdir: str | None = None
@@ -77,7 +79,9 @@ def _number(name: str, value: Any, *, low: float, high: float, unit: str) -> Non
 def _check_mount(mount: Mount) -> None:
     parts = mount.target.split("/")
     if not mount.target.startswith("/") or ".." in parts or not mount.target.strip("/"):
-        raise InvalidRequest(f"mounts: target {mount.target!r} must be an absolute path below /, without '..'")
+        raise InvalidRequest(
+            f"mounts: target {mount.target!r} must be an absolute path below /, without '..'"
+        )
     if mount.target.strip("/").split("/")[0] in {"proc", "sys", "dev", ".rorqual"}:
         raise InvalidRequest(f"mounts: target {mount.target!r} would hide a system directory of the sandbox")
     if not mount.source.startswith("/") or not Path(mount.source).exists():

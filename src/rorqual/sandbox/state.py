@@ -1,9 +1,11 @@
-"""Where the sandbox room keeps things: the state directory (durable) and the run directory (gone after a reboot).
+"""Where the sandbox room keeps things: the state directory (durable) and the run directory (gone after a
+reboot).
 
 state: $RORQUAL_STATE, else $XDG_STATE_HOME/rorqual, else ~/.local/state/rorqual.
     trajectory.db        the trajectory log
     images/<name>/       root file systems
-run: /run/rorqual for root, else $XDG_RUNTIME_DIR/rorqual, else /tmp/rorqual-<uid>; below it a directory per state
+run: /run/rorqual for root, else $XDG_RUNTIME_DIR/rorqual, else /tmp/rorqual-<uid>; below it a directory per
+state
     directory, named by a hash, since a Unix socket's path must be short.
     keepers/<n>/         lock, keeper.sock, one per client process
     sandboxes/<id>/      record.json, guest.sock, launch.err, runtime/, disk/
@@ -76,7 +78,8 @@ class StateDir:
             owner = self.run.parent.lstat().st_uid
         except OSError as error:
             raise HostUnfit(
-                f"cannot make the state directory: {error}.", fix="export RORQUAL_STATE=<a writable directory>"
+                f"cannot make the state directory: {error}.",
+                fix="export RORQUAL_STATE=<a writable directory>",
             ) from error
         if owner != os.geteuid():
             raise HostUnfit(

@@ -1,9 +1,9 @@
 """The trajectory log: every command, file write and lifecycle change of a sandbox, numbered, in order.
 
-`begin` returns once the intent is committed, so a command never runs before its row is durable; `finish` adds the
-result and does not wait. One writer thread per file commits whatever has queued up in one transaction (group commit).
-Stored output is bounded: the first and last HALF_KEPT bytes of each stream. Owns the thread; trajectory_store.py owns
-the SQL.
+`begin` returns once the intent is committed, so a command never runs before its row is durable; `finish` adds
+the result and does not wait. One writer thread per file commits whatever has queued up in one transaction
+(group commit). Stored output is bounded: the first and last HALF_KEPT bytes of each stream. Owns the thread;
+trajectory_store.py owns the SQL.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class TrajectoryEntry:
 
     seq: int
     kind: str
-    """'created', 'command', 'write', 'make_dir', 'remove', 'rename', 'pty', 'kill', 'set_timeout', 'ended'."""
+    """'created', 'command', 'write', 'make_dir', 'remove', 'rename', 'pty', 'kill', 'set_timeout',
+    'ended'."""
     request: dict[str, Any]
     result: dict[str, Any] | None
     """None: it was begun and its end is not known (still running, or the client died)."""
@@ -72,7 +73,9 @@ class Log:
     async def begin(self, *, sandbox: str, kind: str, request: dict[str, Any]) -> int:
         """Adds an intent; returns its number when it is durable. Raises TrajectoryError."""
         request = {key: _cut(value) for key, value in request.items()}
-        future = self._submit(lambda: store.begin(self._connection, sandbox=sandbox, kind=kind, request=request))
+        future = self._submit(
+            lambda: store.begin(self._connection, sandbox=sandbox, kind=kind, request=request)
+        )
         seq: int = await asyncio.wrap_future(future)
         return seq
 
@@ -125,7 +128,9 @@ class Log:
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         if self._failed:
-            future.set_exception(TrajectoryError(f"the trajectory log {self.path} cannot be written: {self._failed}"))
+            future.set_exception(
+                TrajectoryError(f"the trajectory log {self.path} cannot be written: {self._failed}")
+            )
         else:
             self._queue.put((work, future))
         return future
@@ -144,7 +149,8 @@ class Log:
                 values = [work() for work, _ in jobs]
                 self._connection.execute("COMMIT")
             except (sqlite3.Error, ValueError) as error:
-                # A full disk or a lost file: the log is the promise, so nothing may run without it from here on.
+                # A full disk or a lost file: the log is the promise, so nothing may run without it from here
+                # on.
                 self._failed = str(error)
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")

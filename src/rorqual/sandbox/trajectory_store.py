@@ -1,8 +1,9 @@
-"""The trajectory log's table and its synchronous row operations. One row per command, file write, lifecycle change.
+"""The trajectory log's table and its synchronous row operations. One row per command, file write, lifecycle
+change.
 
 Owns the SQL. Imports sqlite3 alone, since the keeper appends the end of a sandbox after its client's death.
-WAL with synchronous=NORMAL: a committed row survives kill -9 of every process, and a power cut may take the last
-commits; a power cut takes the sandboxes too (docs/decisions/0004-trajectory-durability.md).
+WAL with synchronous=NORMAL: a committed row survives kill -9 of every process, and a power cut may take the
+last commits; a power cut takes the sandboxes too (docs/decisions/0004-trajectory-durability.md).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def connect(path: str) -> sqlite3.Connection:
     try:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version not in (0, FORMAT):
-            raise ValueError(f"{path}: trajectory format {version}, this version reads {FORMAT}; update rorqual")
+            raise ValueError(
+                f"{path}: trajectory format {version}, this version reads {FORMAT}; update rorqual"
+            )
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA wal_autocheckpoint=4000")
@@ -52,17 +55,25 @@ def connect(path: str) -> sqlite3.Connection:
 
 
 def begin(connection: sqlite3.Connection, *, sandbox: str, kind: str, request: dict[str, Any]) -> int:
-    """Adds an intent, returns its sequence number (1, 2, ... per sandbox). Inside the caller's transaction."""
+    """Adds an intent, returns its sequence number (1, 2, ... per sandbox). Inside the caller's
+    transaction."""
     row = connection.execute(
         "INSERT INTO trajectory (sandbox, seq, kind, request, started) "
-        "SELECT ?, COALESCE((SELECT MAX(seq) FROM trajectory WHERE sandbox = ?), 0) + 1, ?, ?, ? RETURNING seq",
+        "SELECT ?, COALESCE((SELECT MAX(seq) FROM trajectory WHERE sandbox = ?), 0) + 1, ?, ?, ? "
+        "RETURNING seq",
         (sandbox, sandbox, kind, json.dumps(request), time.time()),
     ).fetchone()
     return int(row[0])
 
 
 def finish(
-    connection: sqlite3.Connection, *, sandbox: str, seq: int, result: dict[str, Any], stdout: bytes, stderr: bytes
+    connection: sqlite3.Connection,
+    *,
+    sandbox: str,
+    seq: int,
+    result: dict[str, Any],
+    stdout: bytes,
+    stderr: bytes,
 ) -> None:
     """Adds the result to an intent."""
     connection.execute(
@@ -85,7 +96,8 @@ def append_end(path: str, *, sandbox: str, cause: str, detail: str) -> None:
 
 
 def forget_before(path: str, moment: float) -> int:
-    """Deletes the rows of sandboxes whose last row is older than `moment` (epoch seconds); returns how many rows."""
+    """Deletes the rows of sandboxes whose last row is older than `moment` (epoch seconds); returns how many
+    rows."""
     connection = connect(path)
     try:
         cursor = connection.execute(

@@ -1,8 +1,9 @@
 """The `base` image: the host's own system directories, read-only, under a small clean root. No download.
 
-/usr is the host's, as an overlay's lower layer; /etc is made anew from a list of harmless files; /usr/local is empty,
-so that what somebody installed on this host by hand is not part of the image (unless Python lives there). Nothing of
-/root, /home, /tmp, /var, /opt, /srv or /etc/shadow is ever seen. Owns the skeleton directory in the state directory.
+/usr is the host's, as an overlay's lower layer; /etc is made anew from a list of harmless files; /usr/local
+is empty, so that what somebody installed on this host by hand is not part of the image (unless Python lives
+there). Nothing of /root, /home, /tmp, /var, /opt, /srv or /etc/shadow is ever seen. Owns the skeleton
+directory in the state directory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,22 @@ from rorqual.sandbox.errors import HostUnfit
 VERSION = 2
 """Part of the skeleton's name: a change of its content makes a new one."""
 USER_ID = 1000
-_EMPTY = ("dev", "etc", "home", "mnt", "opt", "proc", "run", "srv", "sys", "tmp", "usr", "var", ".rorqual", "root")
+_EMPTY = (
+    "dev",
+    "etc",
+    "home",
+    "mnt",
+    "opt",
+    "proc",
+    "run",
+    "srv",
+    "sys",
+    "tmp",
+    "usr",
+    "var",
+    ".rorqual",
+    "root",
+)
 _MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC_FILES = (
     "alternatives",

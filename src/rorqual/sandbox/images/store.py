@@ -1,7 +1,8 @@
-"""The image store: <state>/images/<name>/{image.json, rootfs/}. An image is complete when its directory has its name.
+"""The image store: <state>/images/<name>/{image.json, rootfs/}. An image is complete when its directory has
+its name.
 
-Images are built in a `.building-*` directory and renamed into place, so that a killed build leaves nothing usable and
-`prune()` finds it. Owns names and lookup; base.py, debian.py and oci.py make the contents.
+Images are built in a `.building-*` directory and renamed into place, so that a killed build leaves nothing
+usable and `prune()` finds it. Owns names and lookup; base.py, debian.py and oci.py make the contents.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class ImageInfo:
 def image_directory(name: str, *, state: StateDir) -> Path:
     """Raises InvalidRequest when the name is not one."""
     if not _NAME.fullmatch(name):
-        raise InvalidRequest(f"image: {name!r} is not an image name (lower-case letters, digits, '.', '_', '-', ':')")
+        raise InvalidRequest(
+            f"image: {name!r} is not an image name (lower-case letters, digits, '.', '_', '-', ':')"
+        )
     return state.images / name.replace(":", "@")
 
 
@@ -75,7 +78,8 @@ def remove_image(name: str, *, state: StateDir | None = None) -> bool:
 
 
 def install(building: Path, *, name: str, state: StateDir, record: dict[str, Any]) -> None:
-    """Writes image.json and renames the finished directory into place; an older image of this name gives way."""
+    """Writes image.json and renames the finished directory into place; an older image of this name gives
+    way."""
     with (building / "image.json").open("w", encoding="utf-8") as file:
         json.dump(record, file)
         file.flush()

@@ -1,8 +1,8 @@
 """Cgroups of a sandbox, read and removed by hand: v1 hierarchies and v2, whichever the host mounts.
 
-The OCI runtime creates them (it knows every limit's file); this file finds, reads and removes them, so that the end of
-a sandbox costs no runtime call. Path: <hierarchy>/rorqual-<sandbox id>, without a common parent: removing one would race
-with the next launch.
+The OCI runtime creates them (it knows every limit's file); this file finds, reads and removes them, so that
+the end of a sandbox costs no runtime call. Path: <hierarchy>/rorqual-<sandbox id>, without a common parent:
+removing one would race with the next launch.
 """
 
 from __future__ import annotations
@@ -36,18 +36,25 @@ def directories(path: str) -> list[str]:
     return sorted(place for place in places if os.path.isdir(place))
 
 
-def oom_kills(path: str) -> int:
-    """How many processes of the cgroup the memory limit has killed; 0 when unknown."""
-    points = hierarchies()
-    for point, name in ((points.get("memory"), "memory.oom_control"), (points.get("unified"), "memory.events")):
-        if point is None:
-            continue
-        with contextlib.suppress(OSError, ValueError), open(f"{point}{path}/{name}", encoding="ascii") as file:
-            for line in file:
-                key, _, value = line.partition(" ")
-                if key == "oom_kill":
-                    return int(value)
-    return 0
+class OomCounter:
+    """How many processes of the cgroup the memory limit has killed; 0 when unknown. Finds its file once."""
+
+    def __init__(self, path: str) -> None:
+        points = hierarchies() if path else {}
+        self._files = [
+            f"{points[key]}{path}/{name}"
+            for key, name in (("memory", "memory.oom_control"), ("unified", "memory.events"))
+            if key in points
+        ]
+
+    def read(self) -> int:
+        for name in self._files:
+            with contextlib.suppress(OSError, ValueError), open(name, encoding="ascii") as file:
+                for line in file:
+                    key, _, value = line.partition(" ")
+                    if key == "oom_kill":
+                        return int(value)
+        return 0
 
 
 def kill_all(path: str) -> None:

@@ -1,7 +1,8 @@
-"""The client's side of the keeper: starts one per process and state directory, and talks to it from any thread or loop.
+"""The client's side of the keeper: starts one per process and state directory, and talks to it from any
+thread or loop.
 
-Thread-safe: requests go out under a lock, one reader thread resolves futures and calls the `ended` callbacks. Owns the
-keeper process; never touches a sandbox itself. After a fork the child starts its own keeper.
+Thread-safe: requests go out under a lock, one reader thread resolves futures and calls the `ended` callbacks.
+Owns the keeper process; never touches a sandbox itself. After a fork the child starts its own keeper.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from rorqual.sandbox.state import StateDir
 Ended = Callable[[str, str], None]
 """Called in the reader thread with (cause, detail)."""
 
-# Skips the `__init__` of rorqual.sandbox, which loads asyncio and the whole SDK: 20 ms instead of 90 ms to ready.
+# Skips the `__init__` of rorqual.sandbox, which loads asyncio and the whole SDK: 20 ms instead of 90 ms to
+# ready.
 _BOOT = """
 import sys, types
 for name, path in (("rorqual", {0!r}), ("rorqual.sandbox", {1!r})):
@@ -72,7 +74,7 @@ class KeeperClient:
         try:
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", code, str(directory), str(os.getpid())],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C at the terminal is the client's to handle
@@ -88,7 +90,9 @@ class KeeperClient:
             ours.close()
             process.wait()
             text = (directory / "keeper.log").read_text(errors="replace").strip()
-            raise HostUnfit(f"the sandbox keeper did not start: {text.splitlines()[-1] if text else 'no message'}")
+            raise HostUnfit(
+                f"the sandbox keeper did not start: {text.splitlines()[-1] if text else 'no message'}"
+            )
         return cls(ours, directory, process)
 
     @classmethod
@@ -181,7 +185,8 @@ class KeeperClient:
             future.set_result(document)
 
     def close(self) -> None:
-        """Lets go of the keeper. It ends the sandboxes that are not kept, then itself; waits for that up to 10 s."""
+        """Lets go of the keeper. It ends the sandboxes that are not kept, then itself; waits for that up to
+        10 s."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self._thread:

@@ -1,10 +1,10 @@
 """One launch: what happens between the keeper's fork and the runtime's exec.
 
-Order: (rootless only) user namespace -> private mount namespace -> tmpfs on /mnt -> disk -> overlays -> binds ->
-listening socket -> exec of the OCI runtime. Every mount lives in this process's private mount namespace and is
-inherited by the container alone: none is ever visible on the host, so none can be left behind.
-The bundle lies in a tmpfs on /mnt of that namespace because a container in a user namespace must be able to walk to
-its root, and the state directory is often under a 0700 home.
+Order: (rootless only) user namespace -> private mount namespace -> tmpfs on /mnt -> disk -> overlays -> binds
+-> listening socket -> exec of the OCI runtime. Every mount lives in this process's private mount namespace
+and is inherited by the container alone: none is ever visible on the host, so none can be left behind.
+The bundle lies in a tmpfs on /mnt of that namespace because a container in a user namespace must be able to
+walk to its root, and the state directory is often under a 0700 home.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def enter_userns(uid_map: str, gid_map: str) -> None:
 
 
 def _target(path: str, *, directory: bool, owner: int = 0) -> str:
-    """The place of `path` under the root, made when missing. No symlink of the image is followed out of the root."""
+    """The place of `path` under the root, made when missing. No symlink of the image is followed out of the
+    root."""
     here = ROOT
     parts = [part for part in path.split("/") if part]
     for index, part in enumerate(parts):
@@ -119,11 +120,14 @@ def _mounts(order: dict[str, Any], idmaps: Idmaps | None) -> None:
     linux.unshare(linux.CLONE_NEWNS)
     linux.mount("none", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
     for path in order["hide"]:
-        # crun takes a hybrid host for pure cgroup v2 when /sys/fs/cgroup/unified is mounted (spec/sandbox.md, 0).
+        # crun takes a hybrid host for pure cgroup v2 when /sys/fs/cgroup/unified is mounted (spec/sandbox.md,
+        # 0).
         with contextlib.suppress(OSError):
             linux.umount(path)
     disk_mb = order["disk_mb"]
-    linux.mount("tmpfs", STAGE, fstype="tmpfs", flags=linux.MS_NODEV | linux.MS_NOSUID, data="size=4m,mode=755")
+    linux.mount(
+        "tmpfs", STAGE, fstype="tmpfs", flags=linux.MS_NODEV | linux.MS_NOSUID, data="size=4m,mode=755"
+    )
     for path in (BUNDLE, ROOT, STAGE + "/disk"):
         os.mkdir(path, 0o755)
     disk = STAGE + "/disk"
@@ -162,12 +166,15 @@ def listen(directory: str, name: str) -> socket.socket:
 
 
 def run(order: dict[str, Any], *, idmaps: Idmaps | None) -> None:
-    """Runs in the forked child; ends in exec, or writes `stage: reason` to the sandbox's error file and exits 70."""
+    """Runs in the forked child; ends in exec, or writes `stage: reason` to the sandbox's error file and exits
+    70."""
     stage = "start"
     directory = order["directory"]
     try:
         linux.prctl(linux.PR_SET_PDEATHSIG, 9)
-        errors = os.open(directory + "/launch.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        errors = os.open(
+            directory + "/launch.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
         null = os.open("/dev/null", os.O_RDWR)
         for fd in (0, 1):
             os.dup2(null, fd)
@@ -194,6 +201,5 @@ def run(order: dict[str, Any], *, idmaps: Idmaps | None) -> None:
         os.execve(order["runtime"][0], order["runtime"], order["env"])
     except BaseException as error:
         with contextlib.suppress(BaseException):
-            with open(directory + "/launch.err", "a", encoding="utf-8") as file:
-                file.write(f"{stage}: {error}\n")
+            os.write(2, f"{stage}: {error}\n".encode())
         os._exit(70)

@@ -54,7 +54,11 @@ def prctl(option: int, value: int) -> None:
 
 def mount(source: str, target: str, *, fstype: str = "", flags: int = 0, data: str = "") -> None:
     result = _libc.mount(
-        source.encode(), target.encode(), fstype.encode() or None, ctypes.c_ulong(flags), data.encode() or None
+        source.encode(),
+        target.encode(),
+        fstype.encode() or None,
+        ctypes.c_ulong(flags),
+        data.encode() or None,
     )
     _check(result, f"mount {fstype or 'bind'} {source} at {target}")
 
@@ -77,11 +81,15 @@ def bind(source: str, target: str, *, readonly: bool, idmap_fd: int | None = Non
             # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
             attr = struct.pack("QQQQ", _MOUNT_ATTR_IDMAP, 0, 0, idmap_fd)
             _check(
-                _libc.syscall(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, ctypes.c_size_t(len(attr))),
+                _libc.syscall(
+                    _SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, ctypes.c_size_t(len(attr))
+                ),
                 f"idmapped mount of {source}",
             )
             _check(
-                _libc.syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH),
+                _libc.syscall(
+                    _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH
+                ),
                 f"move_mount {source} at {target}",
             )
         finally:

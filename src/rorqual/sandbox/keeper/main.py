@@ -1,8 +1,9 @@
 """The keeper's loop: launches sandboxes, watches them, ends them, cleans up after them.
 
 Speaks one JSON document a line over Unix sockets: fd 0 is the owner (the client process whose death ends its
-sandboxes), `keeper.sock` in its directory is for other clients of the same user. Single-threaded; the only blocking
-work is the removal of an ended sandbox. Follows no symlinks and trusts only its own user (directories are 0700).
+sandboxes), `keeper.sock` in its directory is for other clients of the same user. Single-threaded; the only
+blocking work is the removal of an ended sandbox. Follows no symlinks and trusts only its own user
+(directories are 0700).
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Keeper:
         self.selector.register(wake_read, selectors.EVENT_READ, "wake")
         self.listener = launch.listen(directory, "keeper.sock")
         self.selector.register(self.listener, selectors.EVENT_READ, "listen")
-        # A forked child of the client may hold our socket's other end open: the pidfd tells of the real death.
+        # A forked child of the client may hold our socket's other end open: the pidfd tells of the real
+        # death.
         try:
             self.owner_fd = os.pidfd_open(owner_pid)
             self.selector.register(self.owner_fd, selectors.EVENT_READ, "owner")
@@ -111,7 +113,8 @@ class Keeper:
             if not entry.keep:
                 self.kill(entry, cause="killed", detail="its client ended")
 
-    # -- loop --------------------------------------------------------------------------------------------------
+    # -- loop
+    # --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         while self.owner_alive or self.entries:
@@ -182,7 +185,8 @@ class Keeper:
         else:
             raise ValueError(f"unknown operation {op!r}")
 
-    # -- launching ---------------------------------------------------------------------------------------------
+    # -- launching
+    # ---------------------------------------------------------------------------------------------
 
     def start_queued(self) -> None:
         while self.queue and self.launching < self.limit:
@@ -247,7 +251,9 @@ class Keeper:
                 if entry.asked_cause:
                     self.signal(entry)
                 if entry.reply is not None:
-                    entry.reply[0].send({"id": entry.reply[1], "init_pid": entry.init_pid, "expires": entry.expires})
+                    entry.reply[0].send(
+                        {"id": entry.reply[1], "init_pid": entry.init_pid, "expires": entry.expires}
+                    )
                     entry.reply = None
         self.start_queued()
 
@@ -257,7 +263,9 @@ class Keeper:
             detail = text.splitlines()[-1] if text else detail
         if not stage:
             head, colon, rest = detail.partition(": ")
-            stage, detail = (head, rest) if colon and "time=" not in head and len(head) < 20 else ("runtime", detail)
+            stage, detail = (
+                (head, rest) if colon and "time=" not in head and len(head) < 20 else ("runtime", detail)
+            )
         if entry.reply is not None:
             entry.reply[0].send({"id": entry.reply[1], "error": {"stage": stage, "detail": detail}})
             entry.reply = None
@@ -273,6 +281,7 @@ class Keeper:
         record = {
             **entry.order["record"],
             "keeper": self.directory,
+            "userns": entry.order["userns"],
             "init_pid": entry.init_pid,
             "init_start": start,
             "expires": entry.expires,
@@ -282,7 +291,8 @@ class Keeper:
             json.dump(record, file)
         os.rename(temporary, entry.directory + "/record.json")
 
-    # -- ending ------------------------------------------------------------------------------------------------
+    # -- ending
+    # ------------------------------------------------------------------------------------------------
 
     def kill(self, entry: Entry, *, cause: str, detail: str) -> None:
         if not entry.asked_cause:
@@ -307,7 +317,7 @@ class Keeper:
         cause, detail = entry.asked_cause, entry.asked_detail
         if not cause:
             code = os.waitstatus_to_exitcode(status)
-            if code == -signal.SIGKILL and path and cgroups.oom_kills(path):
+            if code == -signal.SIGKILL and path and cgroups.OomCounter(path).read():
                 cause, detail = "oom", "the memory limit killed its first process"
             elif code < 0:
                 cause, detail = "infra", f"its first process died of signal {-code}"
@@ -335,7 +345,8 @@ class Keeper:
 
 
 def remove_directory(directory: str, userns: dict[str, str] | None) -> None:
-    """Removes a sandbox's directory. Rootless, files of other container users need the same user namespace."""
+    """Removes a sandbox's directory. Rootless, files of other container users need the same user
+    namespace."""
     shutil.rmtree(directory, ignore_errors=True)
     if not os.path.exists(directory) or userns is None:
         return

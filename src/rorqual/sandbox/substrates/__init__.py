@@ -20,7 +20,9 @@ def substrate(name: str) -> Substrate:
     if name not in SUBSTRATES:
         raise InvalidRequest(f"substrate: {name!r} must be one of {', '.join(SUBSTRATES)}")
     if name not in _BUILT:
-        raise Unsupported(f"substrate={name!r}", reason="this version does not have it yet", available=tuple(_BUILT))
+        raise Unsupported(
+            f"substrate={name!r}", reason="this version does not have it yet", available=tuple(_BUILT)
+        )
     return _BUILT[name]
 
 

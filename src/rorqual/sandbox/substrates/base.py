@@ -1,4 +1,5 @@
-"""The one interface behind which every substrate stands. A later issue adds function, microvm and fullvm here."""
+"""The one interface behind which every substrate stands. A later issue adds function, microvm and fullvm
+here."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ class Substrate(Protocol):
     def capabilities(self) -> frozenset[str]:
         """What `require=[...]` may name."""
 
-    async def launch(self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path) -> Launched:
+    async def launch(
+        self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
+    ) -> Launched:
         """Starts a sandbox; returns when its guest agent's socket exists.
 
         Raises:

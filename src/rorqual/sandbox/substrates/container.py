@@ -1,8 +1,8 @@
 """The container substrate: an OCI runtime, overlays, namespaces, cgroups, and the guest agent as PID 1.
 
-Turns a request into the keeper's launch order, and checks afterwards that the limits are really in force. Tries the
-runtimes in order of preference and remembers which one works here: a runtime that starts a container without its
-limits counts as one that does not work.
+Turns a request into the keeper's launch order, and checks afterwards that the limits are really in force.
+Tries the runtimes in order of preference and remembers which one works here: a runtime that starts a
+container without its limits counts as one that does not work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from rorqual.sandbox.substrates.base import Launched
 log = logging.getLogger(__name__)
 
 NETWORKS = ("offline",)
-_CAPABILITIES = frozenset({"commands", "files", "pty", "background", "reattach", "trajectory", "mounts", "network:offline"})
+_CAPABILITIES = frozenset(
+    {"commands", "files", "pty", "background", "reattach", "trajectory", "mounts", "network:offline"}
+)
 _LAUNCH_DEADLINE_S = 120.0
 """96 launches at once on two cores take a few seconds; a runtime that hangs must not hang its caller."""
 
@@ -37,7 +39,9 @@ def guest_binary() -> Path:
     """The agent's binary. Raises HostUnfit when it was not built."""
     path = Path(__file__).resolve().parents[1] / "_bin" / "rorqual-guest"
     if not path.is_file():
-        raise HostUnfit(f"the guest agent is not built ({path}).", fix=f"make -C native/guest CC=cc OUT={path}")
+        raise HostUnfit(
+            f"the guest agent is not built ({path}).", fix=f"make -C native/guest CC=cc OUT={path}"
+        )
     return path
 
 
@@ -53,7 +57,9 @@ class Container:
     def capabilities(self) -> frozenset[str]:
         return _CAPABILITIES
 
-    async def launch(self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path) -> Launched:
+    async def launch(
+        self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
+    ) -> Launched:
         if spec.network not in NETWORKS:
             raise Unsupported(
                 f"network={spec.network!r}",
@@ -74,11 +80,20 @@ class Container:
                 continue
             try:
                 launched = await _launch(
-                    spec, variant, root, guest, keeper, sandbox_id=sandbox_id, state=state, trajectory=trajectory
+                    spec,
+                    variant,
+                    root,
+                    guest,
+                    keeper,
+                    sandbox_id=sandbox_id,
+                    state=state,
+                    trajectory=trajectory,
                 )
             except LaunchFailed as error:
                 failure = failure or error
-                log.warning("a way to launch does not work here", extra={"sandbox": sandbox_id, "reason": str(error)})
+                log.warning(
+                    "a way to launch does not work here", extra={"sandbox": sandbox_id, "reason": str(error)}
+                )
                 continue
             with self._lock:
                 self._proven[key] = variant
@@ -91,7 +106,9 @@ def _with_user(spec: SandboxSpec, plan: host.HostPlan) -> SandboxSpec:
     if not spec.user:
         return replace(spec, user="user" if plan.has_user else "root")
     if spec.user == "user" and not plan.has_user:
-        raise HostUnfit("user='user' needs a second user id, and this host maps only yours.", fix=plan.notes[-1])
+        raise HostUnfit(
+            "user='user' needs a second user id, and this host maps only yours.", fix=plan.notes[-1]
+        )
     return spec
 
 
@@ -99,7 +116,7 @@ def _variants(plan: host.HostPlan) -> list[host.HostPlan]:
     """Every runtime with idmapped layers, then every runtime without, each saying what differs."""
     result = [plan.with_runtime(name) for name, _ in plan.runtimes]
     if plan.idmap:
-        note = "idmapped mounts do not work here: system files seem to belong to nobody inside, and are read-only"
+        note = "idmapped mounts do not work here: system files belong to nobody inside, read-only"
         result += [replace(item, idmap=False, notes=(*item.notes, note)) for item in result]
     return result
 
@@ -132,7 +149,9 @@ async def _launch(
         with contextlib.suppress(Exception, asyncio.CancelledError):
             await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(end)), timeout=10.0)
         if isinstance(error, TimeoutError):
-            raise LaunchFailed(sandbox_id, stage="runtime", detail=f"no answer in {_LAUNCH_DEADLINE_S:g} s") from error
+            raise LaunchFailed(
+                sandbox_id, stage="runtime", detail=f"no answer in {_LAUNCH_DEADLINE_S:g} s"
+            ) from error
         raise
     if "error" in answer:
         raise LaunchFailed(sandbox_id, stage=answer["error"]["stage"], detail=answer["error"]["detail"])
@@ -140,7 +159,9 @@ async def _launch(
         held = memory_limit(cgroup)
         if held != spec.memory_mb << 20:
             detail = f"{plan.runtimes[0][0]} started the sandbox without its memory limit (found {held})"
-            await asyncio.wrap_future(keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=detail))
+            await asyncio.wrap_future(
+                keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=detail)
+            )
             raise LaunchFailed(sandbox_id, stage="limits", detail=detail)
     if spec.keep:
         keeper.keeps = True
@@ -155,7 +176,7 @@ async def _launch(
         runtime=plan.runtimes[0][0],
         limits=order["record"]["limits"] | {"memory": holder, "pids": holder},
         notes=tuple(order["record"]["notes"]),
-        oom_kills=(lambda: cgroups.oom_kills(cgroup)) if cgroup else (lambda: 0),
+        oom_kills=cgroups.OomCounter(cgroup).read,
     )
 
 
@@ -187,7 +208,9 @@ def launch_order(
     cgroup = f"/rorqual-{sandbox_id}" if plan.has_cgroups else ""
     home = "/home/user" if spec.user == "user" else "/root"
     workdir = spec.workdir or home
-    binds = [_bind(source, target, readonly=True) for source, target in (*root.binds, (str(guest), bundle.GUEST))]
+    binds = [
+        _bind(source, target, readonly=True) for source, target in (*root.binds, (str(guest), bundle.GUEST))
+    ]
     inside = user if spec.user == "user" else owner
     for mount in spec.mounts:
         item = _bind(mount.source, mount.target, readonly=mount.readonly)
@@ -209,7 +232,16 @@ def launch_order(
         command += ["--rootless=true"]
     if not plan.has_cgroups and runtime == "crun":
         command += ["--cgroup-manager=disabled"]
-    command += ["run", "--detach", "--bundle", "/mnt/bundle", "--pid-file", f"{directory}/init.pid", "--preserve-fds", "1"]
+    command += [
+        "run",
+        "--detach",
+        "--bundle",
+        "/mnt/bundle",
+        "--pid-file",
+        f"{directory}/init.pid",
+        "--preserve-fds",
+        "1",
+    ]
     return {
         "id": sandbox_id,
         "directory": str(directory),
@@ -226,7 +258,8 @@ def launch_order(
         "idmaps": sorted(pairs),
         "owner": owner,
         "overlays": [
-            {"target": target, "lower": list(lower), "uid": owner, "gid": owner} for target, lower in root.overlays
+            {"target": target, "lower": list(lower), "uid": owner, "gid": owner}
+            for target, lower in root.overlays
         ],
         "directories": directories,
         "files": [],

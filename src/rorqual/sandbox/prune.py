@@ -1,0 +1,147 @@
+"""Reaps what dead keepers left behind, and forgets what is old. Every first start of a process reaps.
+
+A keeper holds a lock on its directory while it lives (the kernel drops it at any kind of death), so a
+directory whose lock is free belongs to a dead one: its sandboxes are killed by process id and start time and
+by cgroup, their cgroups and directories removed, their end logged with cause `infra`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rorqual.sandbox import trajectory_store
+from rorqual.sandbox.keeper import cgroups
+from rorqual.sandbox.keeper.main import remove_directory
+from rorqual.sandbox.state import StateDir
+
+_STALE_BUILD_S = 6 * 3600
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pruned:
+    """What was removed."""
+
+    sandboxes: tuple[str, ...]
+    keepers: int
+    images: int
+    """Unfinished builds and skeletons of older base images."""
+    rows: int
+    """Rows of the trajectory log."""
+
+
+_reaped: set[StateDir] = set()
+_lock = threading.Lock()
+
+
+def reap_once(state: StateDir) -> None:
+    """Reaps at this process's first use of a state directory."""
+    with _lock:
+        if state in _reaped:
+            return
+        reap(state)
+        _reaped.add(state)
+
+
+def reap(state: StateDir) -> tuple[tuple[str, ...], int]:
+    """Ends the sandboxes of dead keepers. Returns their ids, and how many keepers were dead."""
+    gone: list[str] = []
+    dead: list[tuple[Path, int]] = []
+    if not state.keepers.is_dir():
+        return (), 0
+    for directory in state.keepers.iterdir():
+        try:
+            lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # it starts just now, or died before it had a lock
+            with contextlib.suppress(OSError):
+                if time.time() - directory.stat().st_mtime > 60:
+                    shutil.rmtree(directory, ignore_errors=True)
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            dead.append((directory, lock))
+        except OSError:
+            os.close(lock)
+    try:
+        names = {str(directory) for directory, _ in dead}
+        for place in list(state.sandboxes.iterdir()) if names and state.sandboxes.is_dir() else []:
+            record = _read(place)
+            if record is not None and record["keeper"] in names:
+                _end(place, record)
+                gone.append(place.name)
+            elif record is None:
+                with contextlib.suppress(OSError):
+                    if time.time() - place.stat().st_mtime > 60:  # died between mkdir and its first record
+                        shutil.rmtree(place, ignore_errors=True)
+    finally:
+        for directory, lock in dead:
+            shutil.rmtree(directory, ignore_errors=True)
+            os.close(lock)
+    return tuple(gone), len(dead)
+
+
+def _read(place: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads((place / "record.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record
+
+
+def _start_time(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _end(place: Path, record: dict[str, Any]) -> None:
+    pid = int(record["init_pid"])
+    if pid and record["init_start"] and _start_time(pid) == record["init_start"]:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5.0
+        while _start_time(pid) == record["init_start"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+    if record["cgroup"]:
+        cgroups.kill_all(record["cgroup"])
+        cgroups.remove(record["cgroup"])
+    remove_directory(str(place), record["userns"])
+    with contextlib.suppress(sqlite3.Error, OSError, ValueError):
+        trajectory_store.append_end(
+            record["trajectory"], sandbox=record["id"], cause="infra", detail="its keeper was killed"
+        )
+
+
+def prune(*, keep_days: float | None = None, state: StateDir | None = None) -> Pruned:
+    """Removes everything that nobody uses: orphans of dead clients, unfinished images, old base skeletons.
+
+    keep_days: also forget the trajectories of sandboxes whose last row is older than this; None keeps them
+    all.
+    """
+    state = state or StateDir.from_environment()
+    sandboxes, keepers = reap(state)
+    removed = 0
+    if state.images.is_dir():
+        skeletons = sorted(state.images.glob(".base-*"), key=lambda path: path.stat().st_mtime)
+        doomed = [*state.images.glob(".building-*"), *state.images.glob(".removing-*")]
+        live = any(state.sandboxes.iterdir()) if state.sandboxes.is_dir() else False
+        for place in [*doomed, *([] if live else skeletons[:-1])]:
+            if place in doomed and time.time() - place.stat().st_mtime < _STALE_BUILD_S:
+                continue
+            shutil.rmtree(place, ignore_errors=True)
+            removed += 1
+    rows = 0
+    if keep_days is not None and state.trajectory.is_file():
+        rows = trajectory_store.forget_before(str(state.trajectory), time.time() - keep_days * 86400)
+    return Pruned(sandboxes=sandboxes, keepers=keepers, images=removed, rows=rows)
