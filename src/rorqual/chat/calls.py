@@ -42,6 +42,7 @@ class CallWriter:
         self._keys: list[str] = []
         self._parts: list[str] = []
         self._mode = ""  # of the value being read: stream, string, json, guess, skip
+        self._lead = ""  # separator and key of a value that goes out whole
         self._wrapper: list[str] | None = None  # argument text held back
         self._wrapped: str | None = None  # the object inside a wrapper
         self._has_body = False
@@ -125,10 +126,10 @@ class CallWriter:
         if not self._keys and key in _WRAPPERS and self.has_properties and not self.awaits(key):
             self._wrapper = []
             self._mode = "string" if self._mode == "stream" else self._mode
-        self._args((", " if self._keys else "") + json_string(key) + ": ")
+        self._lead = (", " if self._keys else "") + json_string(key) + ": "
         self._keys.append(key)
         if self._mode == "stream":
-            self._args('"')
+            self._args(self._lead + '"')
 
     def value(self, marked: str) -> None:
         """The next piece of a value: every character is data."""
@@ -157,7 +158,7 @@ class CallWriter:
             self._diagnose("invalid_json", f"the value of {self._keys[-1]!r} is not JSON: taken as a string")
         if self._wrapper is not None and len(self._keys) == 1 and json_type(text) == "object":
             self._wrapped = text
-        self._args(text if kind is not None else json_string(raw))
+        self._args(self._lead + (text if kind is not None else json_string(raw)))
 
     def _fits(self, kind: str | None) -> bool:
         if kind is None:

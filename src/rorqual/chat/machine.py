@@ -41,6 +41,7 @@ from .schemas import ToolSchemas
 _PROSE_STOP = re.compile(f"[{ANY_MARK}]")
 _PROSE_STOP_UNMARKED = re.compile(f"[{ANY_MARK}]|(?<=\n)<")
 _TAG_STOP = re.compile(f"[<{MARK_EOS}]")
+_LEADS = ("<｜", "</", "<")
 _ATTRIBUTE_STOP = re.compile(f"[>\r\n<{ANY_MARK}]")
 
 
@@ -83,7 +84,7 @@ class Machine:
         self._aliases = self._offered and not trusted
         self._prose_stop = _PROSE_STOP_UNMARKED if self._aliases else _PROSE_STOP
         self._calls = CallWriter(schemas, options, marks, emit, new_id)
-        self._dialect: Dialect = V4
+        self._dialect, self._exact = V4, True
         self._buf, self._pos = "", 0
         self._state = "R" if reasoning else "C"
         self._channel: EventKind = "reasoning" if reasoning else "content"
@@ -180,15 +181,15 @@ class Machine:
                 return self._prose_to(len(buf) - self._separator(buf, i, len(buf)))
             at = match.start()
         mark = buf[at]
-        if mark == "<":
-            return self._tag(at, at)
+        if mark == "<":  # at a line start: a tag without marker, or the lead of one with it
+            lead = buf[at : at + 2] if buf.startswith(("<｜", "</"), at) else "<"
+            if len(buf) == at + len(lead):
+                return self._prose_to(len(buf) - self._separator(buf, i, len(buf)))
+            marked = buf[at + len(lead)] == MARK_DSML
+            return self._tag(at, at + len(lead) if marked else at)
         if mark == MARK_DSML:
-            start = at
-            for lead in ("<｜", "</", "<"):
-                if buf.startswith(lead, at - len(lead)) and at - len(lead) >= i:
-                    start = at - len(lead)
-                    break
-            return self._tag(start, at)
+            lead = next((s for s in _LEADS if buf.startswith(s, at - len(s)) and at - len(s) >= i), "")
+            return self._tag(at - len(lead), at)
         self._text(buf[i:at])
         self._pos = at + 1
         if mark == MARK_EOS:
@@ -213,7 +214,7 @@ class Machine:
     def _separator(self, buf: str, i: int, end: int) -> int:
         """Length of what may belong to a following block: up to two newlines and the lead of a tag."""
         at = end
-        for lead in ("<｜", "</", "<"):
+        for lead in _LEADS:
             if buf.startswith(lead, at - len(lead), end) and at - len(lead) >= i:
                 at -= len(lead)
                 break
@@ -259,7 +260,7 @@ class Machine:
             self._diagnose("orphan_invoke", "a call stands outside a block")
         elif newlines != 2:
             self._diagnose("separator", f"{newlines} newlines before the block instead of 2")
-        if self._dialect is not V4:
+        if not self._exact:
             self._diagnose("alias_markup", "the block's tags are misspelled")
         self._state, self._reported = "B", False
         self._blocks += 1
@@ -284,14 +285,14 @@ class Machine:
                 r = literal(buf, q, name + ">")
                 verdict = r if r < 0 else self._confirms(r, dialect, in_reasoning or not exact)
                 if verdict >= 0:
-                    self._dialect = dialect
+                    self._dialect, self._exact = dialect, exact
                     return r, False
                 best = min(best, verdict)
             if self._offered and dialect.is_marked:
                 r = literal(buf, q, 'invoke name="')
                 end, name = invoke_name(buf, r) if r >= 0 else (r, "")
                 if end >= 0 and self._known(name):
-                    self._dialect = dialect
+                    self._dialect, self._exact = dialect, dialect is V4
                     return p, True
                 best = min(best, MORE if end == MORE else NO)
         return best, False
