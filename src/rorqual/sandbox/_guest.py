@@ -1,7 +1,7 @@
 """Client of the guest agent: one multiplexed connection, its commands, its file calls.
 
-Owns requests and answers and the trust boundary: whatever the guest sends is bounded by what was asked for, and the
-first frame that breaks the protocol ends the connection (every call then raises GuestProtocolError).
+Owns requests and answers and the trust boundary: whatever the guest sends is bounded by what was asked for,
+and the first frame that breaks the protocol ends the connection (every call then raises GuestProtocolError).
 Commands belong to the agent: closing a connection leaves them running, another one attaches by pid.
 Bytes are sandbox/_protocol.py's; the other end is native/guest; docs/guest-protocol.md describes both.
 """
@@ -101,9 +101,9 @@ class GuestClient:
 
     @classmethod
     async def connect(cls, path: str | Path, *, timeout: float = 10.0) -> GuestClient:  # noqa: ASYNC109 - public
-        """Connect to the agent's Unix socket and shake hands; retries until `timeout` (s) while nobody listens.
+        """Connect to the agent's Unix socket and shake hands; retries for `timeout` s while nobody listens.
 
-        Raises GuestGone (nobody there, or no answer, in time), GuestProtocolError (not an agent, no common version).
+        Raises GuestGone (nobody there, no answer in time), GuestProtocolError (not an agent, other version).
         """
         client = cls()
         loop = asyncio.get_running_loop()
@@ -165,10 +165,10 @@ class GuestClient:
     ) -> GuestProcess:
         """Start a command.
 
-        `env` is laid over the agent's own environment; `cwd` None is the user's home; `stdin` False is /dev/null.
-        `timeout` (s) counts in the guest, which then kills the command and all its descendants. A program that is not
-        found, a bad cwd or an unknown user is a result (exit 127 or 126, `GuestExit.error`), not an exception.
-        Raises GuestRefused (E2BIG: argv and env over 256 KiB; EAGAIN: too many commands), ValueError (bad arguments).
+        `env` is laid over the agent's environment; `cwd` None is the user's home; without `stdin` it reads
+        /dev/null. `timeout` (s) counts in the guest, which then kills the command and its descendants. A program
+        not found, a bad cwd, an unknown user are results (exit 127 or 126, `GuestExit.error`).
+        Raises GuestRefused (E2BIG: argv and env over 256 KiB; EAGAIN: too many commands), ValueError.
         """
         if timeout is not None and not 0 < timeout < 4e9:
             raise ValueError(f"timeout is {timeout} s; give a positive number, or None for no limit")
@@ -193,8 +193,8 @@ class GuestClient:
     async def attach(self, pid: int, *, max_output: int = MAX_OUTPUT) -> GuestProcess:
         """A running or recently ended command: its output from the start, then live, then its end.
 
-        The agent keeps the last 1 MiB of each stream; if the start is gone, `truncated` says so. `max_output` bounds
-        what wait() may buffer here. Raises GuestRefused (ESRCH: no such command).
+        The agent keeps the last 1 MiB of each stream; if the start is gone, `truncated` says so. `max_output`
+        bounds what wait() may buffer here. Raises GuestRefused (ESRCH: no such command).
         """
         process = GuestProcess(self, self._new_id(), max_output, strict=False)
         request = wire.frame(Type.ATTACH, process._id, wire.u32(_pid(pid)), wire.u32(WINDOW))
@@ -207,7 +207,7 @@ class GuestClient:
             self._write(request)
             started: wire.Started = await self._answer(future, "start" if kill else "attach", CALL_SECONDS)
         except asyncio.CancelledError:
-            # The command may be running by now and nobody will know its pid: stop it once the answer names it.
+            # The command may be running and nobody will know its pid: stop it once the answer names it.
             future.add_done_callback(lambda done: self._abandon(ident, done, kill=kill))
             raise
         except BaseException:
@@ -256,7 +256,7 @@ class GuestClient:
             after = next_after
 
     async def kill(self, pid: int, *, signal: int = 9) -> bool:
-        """Signal a command's whole process group; 9 also hunts down whatever left the group. False: nothing to hit."""
+        """Signal a command's process group; 9 also hunts down what left the group. False: nothing to hit."""
         if not 1 <= signal <= 64:
             raise ValueError(f"signal {signal} is not a number from 1 to 64")
         try:
@@ -269,7 +269,10 @@ class GuestClient:
     # --- files: paths are absolute, in the guest's view ---
 
     async def read_file(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
-        """Bytes of a regular file from `offset`, at most `limit`. Raises GuestFileError (EFBIG: over MAX_READ)."""
+        """Bytes of a regular file from `offset`, at most `limit`.
+
+        Raises GuestFileError (EFBIG: no limit, and over MAX_READ).
+        """
         if offset < 0 or (limit is not None and limit < 0):
             raise ValueError(f"offset {offset}, limit {limit}: neither may be negative")
         most = MAX_READ + 1 if limit is None else limit
@@ -306,7 +309,7 @@ class GuestClient:
     ) -> None:
         """Write a whole file, atomically (temporary beside it, then rename), or append to it.
 
-        `mode` None keeps an existing file's bits, else 0o644. `user` owns what is created (None: the agent's user).
+        `mode` None keeps a file's bits, or is 0o644 for a new one. `user` (None: the agent's) owns what is new.
         Through a symlink the target is written. Raises GuestFileError; GuestRefused if there is no such user.
         """
         if mode is not None and not 0 <= mode <= 0o7777:
@@ -350,7 +353,7 @@ class GuestClient:
             raise
 
     async def make_dir(self, path: str, *, parents: bool = True, user: str | int | None = None) -> bool:
-        """False if the directory was already there (with `parents`; without, that is GuestFileError EEXIST)."""
+        """False if it was already there (with `parents`; without, that is GuestFileError EEXIST)."""
         ask = (wire.u8(parents), wire.user(user), wire.path(path))
         return await self._file(Type.MKDIR, path, *ask, read=wire.read_flag)
 
@@ -384,7 +387,9 @@ class GuestClient:
     def _expect(
         self, kind: Type, read: Callable[[Frame], Any], *, ident: int = 0
     ) -> tuple[int, asyncio.Future[Any]]:
-        """Await an answer of `kind`. `read` decodes it as it arrives, so that a bad one ends the connection."""
+        """Await an answer of `kind`. `read` decodes it as it arrives: a bad one ends the connection."""
+        if self._error is not None:
+            raise self._error
         ident = ident or self._new_id()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[ident] = (kind, read, future)
@@ -455,9 +460,7 @@ class GuestClient:
                 del self._streams[got.id]
             return
         if got.id == 0 and got.type is Type.ERROR:
-            raise GuestProtocolError(
-                f"the guest agent refused our frame and hung up: {wire.read_error(got)}"
-            )
+            raise GuestProtocolError(f"the guest agent refused our frame and hung up: {wire.read_error(got)}")
         if got.id not in self._calls or got.type not in (self._calls[got.id][0], Type.ERROR):
             raise GuestProtocolError(
                 f"the guest sent {got.type.name} for request {got.id}, which awaits none"

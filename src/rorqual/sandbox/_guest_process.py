@@ -1,7 +1,7 @@
 """One command seen through one guest connection, and the records the guest client hands out.
 
-Owns a command's output on the host side: chunks, credit (flow control), what may be buffered. Never touches the
-socket: sandbox/_guest.py does, and feeds frames in here.
+Owns a command's output on the host side: chunks, credit (flow control), what may be buffered. Never touches
+the socket: sandbox/_guest.py does, and feeds frames in here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class GuestExit:
     """How a command ended."""
 
     exit_code: int
-    """0..255 from exit(); 128 + signal if one ended it; 127 not found, 126 not executable, bad cwd or user."""
+    """From exit(), or 128 + signal; 127 program not found; 126 not executable, bad cwd, bad user."""
     signal: int
     """The signal that ended the main process, 0 if none."""
     timed_out: bool
@@ -135,7 +135,7 @@ class GuestProcess:
         self._detached = False
 
     def events(self) -> AsyncIterator[tuple[StreamName, bytes]]:
-        """Output in order of arrival, each chunk once, until the command ended and everything kept was delivered.
+        """Output in order of arrival, each chunk once, until the command ended and all of it was delivered.
 
         A consumer that pauses holds the command back (flow control). Raises GuestGone, GuestProtocolError.
         """
@@ -158,8 +158,8 @@ class GuestProcess:
     async def wait(self) -> GuestExit:
         """Wait for the end. Raises GuestGone, GuestProtocolError.
 
-        From here on nothing is held back: output nobody iterates is buffered, at most `max_output` bytes a stream,
-        and a later events() still has it.
+        From here on nothing is held back: output nobody iterates is buffered, at most `max_output` bytes a
+        stream, and a later events() still has it.
         """
         if not self._greedy:
             self._greedy = True
@@ -178,7 +178,7 @@ class GuestProcess:
     async def send_stdin(self, data: bytes) -> None:
         """Write to the command's stdin; returns when the command's pipe or terminal has taken it all.
 
-        Raises GuestRefused: EPIPE (not open, or the command does not read any more), EBUSY (another client writes).
+        Raises GuestRefused: EPIPE (not open, or the command reads no more), EBUSY (another client writes).
         """
         async with self._stdin:
             for at in range(0, len(data), wire.MAX_CHUNK // 2):

@@ -1,8 +1,8 @@
 """Bytes of the guest protocol, host side: frames, payload fields, bounds (docs/guest-protocol.md).
 
 A frame is u32 payload length, u8 type, three zero bytes, u32 id, payload; little-endian throughout.
-Owns encoding and checking; never touches a socket (sandbox/_guest.py does). The guest is not trusted: each length
-is checked before anything is allocated for it, each field against its range; else GuestProtocolError.
+Owns encoding and checking; never touches a socket (sandbox/_guest.py does). The guest is not trusted: each
+length is checked before anything is allocated for it, each field against its range; else GuestProtocolError.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def path(value: str | os.PathLike[str]) -> bytes:
 
 
 def user(value: str | int | None) -> bytes:
-    """Who to run as or give a file to: None is the agent's user, an int a uid, a str a name of /etc/passwd."""
+    """Who to run as, or to give a file to: None is the agent's user, an int a uid, a str a name."""
     if value is None:
         return u8(0) + u32(0) + u32(0)
     if isinstance(value, int):
