@@ -207,11 +207,13 @@ async def test_params_come_from_the_factory_and_metrics_from_the_engine(tokenize
 
     engine = ScriptedEngine(tokenizer, ["a</think>b"])
     model = EmbeddedModel(
-        engine, tokenizer, make_params=Params, read_metrics=lambda engine: {"kv_bytes": 5.0}
+        engine, tokenizer, make_params=Params, read_metrics=lambda tokens: {"kv_bytes": 8.0 * tokens}
     )
     done = await model.complete([{"role": "user", "content": "1"}], [])
     assert set(made[0]) == {"temperature", "top_p", "seed", "max_tokens", "stop_ids"}
-    assert done.metrics["kv_bytes"] == 5.0 and done.metrics["first_token_seconds"] > 0
+    assert done.prompt_ids is not None and done.completion_ids is not None
+    assert done.metrics["kv_bytes"] == 8 * (len(done.prompt_ids) + len(done.completion_ids))
+    assert done.metrics["first_token_seconds"] > 0
     with pytest.raises(ModelError, match="context"):
         small = EmbeddedModel(engine, tokenizer, EmbeddedConfig(context_tokens=3))
         await small.complete([{"role": "user", "content": "12345"}], [])

@@ -125,10 +125,8 @@ class SandboxEnvironment:
             await self._call(self._sandbox.kill)
 
     def info(self) -> dict[str, Any]:
-        """Id and substrate, as far as the sandbox tells."""
-        names = {"id": "sandbox", "sandbox_id": "sandbox", "substrate": "substrate"}
-        found = {key: getattr(self._sandbox, name, None) for name, key in names.items()}
-        return {key: value for key, value in found.items() if isinstance(value, str)}
+        """The sandbox's id."""
+        return {"sandbox": self._sandbox.id} if isinstance(getattr(self._sandbox, "id", None), str) else {}
 
 
 def as_environment(sandbox: Any) -> Environment:

@@ -119,13 +119,13 @@ class _Core:
         system_prompt: str | None = None,
         budget: Budget | None = None,
         guard: GuardConfig | None = None,
-        workdir: str = "/work",
+        workdir: str | None = None,
         command_timeout: float = 60.0,
         runs_dir: Path | str | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        """`tools` and `system_prompt` default by the model's profile; `runs_dir` None keeps the log in memory
-        only."""
+        """`tools` and `system_prompt` default by the model's profile; `workdir` None is the sandbox's own;
+        `runs_dir` None keeps the log in memory only."""
         embedded = model.profile == "embedded"
         self.model = model
         self.environment: Environment = as_environment(sandbox)

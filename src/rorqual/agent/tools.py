@@ -42,8 +42,8 @@ class ToolContext:
     """What a tool call may touch."""
 
     environment: Environment
-    workdir: str = "/work"
-    """Working directory of commands; relative paths start here."""
+    workdir: str | None = None
+    """Working directory of commands, and where relative paths start; None: the sandbox's own."""
     command_timeout: float = 60.0
     """Seconds a command may run before its whole process group is killed."""
     on_output: Callable[[str], None] | None = None
@@ -183,7 +183,7 @@ async def _bash(context: ToolContext, arguments: Mapping[str, Any]) -> ToolOutpu
 
 
 def _absolute(context: ToolContext, path: str) -> str:
-    return posixpath.normpath(posixpath.join(context.workdir, path))
+    return posixpath.normpath(posixpath.join(context.workdir or "", path))
 
 
 async def _read_file(context: ToolContext, arguments: Mapping[str, Any]) -> ToolOutput:

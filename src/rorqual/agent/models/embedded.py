@@ -98,10 +98,12 @@ class EmbeddedModel:
         config: EmbeddedConfig | None = None,
         *,
         make_params: Callable[..., Any] = Sampling,
-        read_metrics: Callable[[TokenEngine], Mapping[str, float]] | None = None,
+        read_metrics: Callable[[int], Mapping[str, float]] | None = None,
     ) -> None:
-        """`make_params` builds the engine's parameters (`rorqual.engine.SamplingParams`); `read_metrics` is
-        asked after each answer for figures such as `kv_bytes`."""
+        """`make_params` builds the engine's parameters (`rorqual.engine.SamplingParams`).
+
+        `read_metrics` is asked after each answer for figures such as `kv_bytes`; it is given the number of
+        tokens the cache holds."""
         self.config = config or EmbeddedConfig()
         self.name = self.config.name
         self._engine = engine
@@ -219,7 +221,7 @@ class EmbeddedModel:
         except (ValueError, RuntimeError, MemoryError) as error:
             raise ModelError(f"the engine failed: {type(error).__name__}: {error}") from error
         if self._read_metrics is not None:
-            sampler.metrics.update(self._read_metrics(self._engine))
+            sampler.metrics.update(self._read_metrics(len(prompt) + len(sampler.ids)))
         return sampler
 
 

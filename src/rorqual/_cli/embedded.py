@@ -1,0 +1,79 @@
+"""Opens the model that ships with the package, or a model directory like it. Needs `rorqual[model]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rorqual
+from rorqual._cli.exits import UNFIT, CliError
+
+if TYPE_CHECKING:
+    from rorqual.agent import EmbeddedModel
+
+__all__ = ["EMBEDDED_DIR", "open_embedded"]
+
+EMBEDDED_DIR = Path(rorqual.__file__).parent / "embedded"
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def open_embedded(
+    directory: Path = EMBEDDED_DIR, *, seed: int, temperature: float = 1.0, max_tokens: int = 512
+) -> EmbeddedModel:
+    """A model adapter over our engine. Raises CliError if a file or an optional package is missing."""
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
+        what = "the embedded model is" if directory == EMBEDDED_DIR else "the model directory is"
+        raise CliError(
+            f"{what} incomplete: {directory / missing[0]} is missing. "
+            "Reinstall the package, or use another model with --model URL",
+            code=UNFIT,
+        )
+    for module in ("torch", "safetensors", "tokenizers"):
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise CliError(
+                f"the embedded model needs {module} ({error}): pip install 'rorqual[model]', "
+                "or use another model with --model URL",
+                code=UNFIT,
+            ) from error
+    from rorqual.agent import EmbeddedConfig, EmbeddedModel
+    from rorqual.chat import ChatError, Tokenizer
+    from rorqual.engine import Engine, SamplingParams
+    from rorqual.model.config import Config
+    from rorqual.model.errors import ModelError
+
+    try:
+        config = Config.from_file(directory)
+        tokenizer = Tokenizer.from_file(directory)
+        engine = Engine(directory)
+    except (ModelError, ChatError) as error:
+        raise CliError(f"the model in {directory} cannot be loaded: {error}", code=UNFIT) from error
+    return EmbeddedModel(
+        engine,
+        tokenizer,
+        EmbeddedConfig(
+            name="rorqual-embedded" if directory == EMBEDDED_DIR else directory.name,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+            context_tokens=config.max_position_embeddings,
+        ),
+        make_params=SamplingParams,
+        read_metrics=lambda tokens: cache_metrics(config, tokens),
+    )
+
+
+def cache_metrics(config: Any, tokens: int) -> Mapping[str, float]:
+    """KV-cache bytes of `tokens` tokens: of this model in the V4 formats, and of GQA8-bf16 with the same
+    layers."""
+    from rorqual.model import cost
+
+    gqa8 = cost.gqa8_bf16(config.num_hidden_layers)
+    return {
+        "kv_bytes": cost.kv_bytes(config, context=tokens),
+        "gqa8_bytes": cost.kv_bytes(gqa8, context=tokens),
+    }
