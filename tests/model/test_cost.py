@@ -1,16 +1,35 @@
 """rorqual.model.cost against the published ratios and the independent numbers of oracles/kv_flops.json."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
+from rorqual._cli import cost as cost_command
+from rorqual._cli.exits import CliError
 from rorqual.model import cost, quant
 from rorqual.model.config import Config
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "oracles" / "kv_flops.json").read_text(encoding="utf-8"))
 MILLION = 1 << 20
+SMALL = Config(
+    hidden_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    head_dim=72,
+    qk_rope_head_dim=32,
+    o_groups=2,
+    sliding_window=16,
+    compress_ratios=(0, 0, 4, 32, 4, 32),
+    index_head_dim=48,
+    n_routed_experts=8,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +88,8 @@ def test_parameters_and_state_agree_with_the_independent_script(name):
     assert cost.state_bytes(config) == expected["state_bytes"]
 
 
-def test_a_tiny_config_costs_what_its_packed_entries_weigh():
-    config = Config.preset("tiny")  # layers: 2 window, 2 CSA of ratio 4, 2 HCA of ratio 32
+def test_any_config_costs_what_its_packed_entries_weigh():
+    config = SMALL  # layers: 2 window, 2 CSA of ratio 4, 2 HCA of ratio 32
     entry = quant.pack_entry(torch.zeros(config.head_dim), rope_dim=config.qk_rope_head_dim).numel()
     key = quant.pack_index_key(torch.zeros(config.index_head_dim)).numel()
     for context in (0, 1, 15, 16, 100, 1000):
@@ -100,7 +119,7 @@ def test_table_holds_every_context_and_both_references():
 
 
 def test_table_of_a_given_config_compares_with_its_own_depth():
-    rows = cost.table([1024], configs={"mine": Config.preset("tiny")})
+    rows = cost.table([1024], configs={"mine": SMALL})
     assert [row.name for row in rows] == ["mine", "DeepSeek-V3.2", "GQA8 bf16"]
     assert rows[0].kv_of_gqa8 == rows[0].kv_bytes / (6 * 4096 * 1024)
     empty = cost.table([0])[0]
@@ -121,3 +140,57 @@ def test_all_lists_every_public_name():
         if not n.startswith("_") and getattr(v, "__module__", "") == cost.__name__
     } | {"V32"}
     assert len(cost.__all__) == len(public) and public == set(cost.__all__)
+
+
+def command(*arguments):
+    """Runs `rorqual cost`: exit code, stdout, error."""
+    app = typer.Typer()
+    cost_command.register(app)
+    app.command("other")(lambda: None)  # with one command alone, typer takes no name
+    done = CliRunner().invoke(app, ["cost", *arguments], env={"COLUMNS": "120"})
+    return done.exit_code, done.stdout, done.exception
+
+
+def test_the_command_prints_the_published_figures():
+    code, out, error = command("--context", "1M")
+    assert code == 0, error
+    for line in (
+        r"1,048,576 +V4-Pro +5\.28 GB +10\.5% +2\.02% +319\.4 +26\.7% +1573\.0 B +48\.9 B",
+        r"V4-Flash +3\.69 GB +7\.32% +2% +120\.7 +10\.1% +284\.3 B +13\.3 B",
+        r"DeepSeek-V3\.2 +50\.40 GB +100%",
+        r"GQA8 bf16 +261\.99 GB",
+    ):
+        assert re.search(line, out), out
+
+
+def test_the_command_reads_a_config_and_writes_json(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(Config.preset("flash").to_dict()), encoding="utf-8")
+    code, out, error = command(str(tmp_path), "--context", "128K", "--context", "4096", "--json")
+    assert code == 0, error
+    rows = json.loads(out)
+    assert [row["context"] for row in rows] == [131072] * 3 + [4096] * 3
+    assert rows[0]["kv_bytes"] == cost.kv_bytes(Config.preset("flash"), context=131072)
+    assert rows[0]["kv_parts"]["csa"] == 21 * 32768 * 584
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["pri"], "no model 'pri': give pro, flash, tiny, a config.json"),
+        (["--context", "1G"], "--context '1G': expected a number of tokens"),
+        (["--context", "-5"], "--context '-5'"),
+        (["--context", ""], "--context ''"),
+        (["{tmp}"], "config.json does not exist"),
+    ],
+)
+def test_the_command_refuses_nonsense_with_exit_code_2(tmp_path, arguments, message):
+    _, _, error = command(*(text.format(tmp=tmp_path) for text in arguments))
+    assert isinstance(error, CliError) and error.code == 2 and message in str(error)
+
+
+def test_the_command_needs_no_torch():
+    script = (
+        "import sys, typer; from rorqual._cli import cost; import rorqual.model.cost as c; c.table([4096]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

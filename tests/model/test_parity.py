@@ -2,8 +2,8 @@
 
 Tolerance: two correct fp32 implementations differ here by 6e-6 at most, at a logit spread of 0.5; 2e-5
 leaves room for other summation orders and none for a wrong formula (`test_the_oracle_sees_each_setting`).
-32 index heads: with few, exact ties at 0 make the top-k arbitrary (spec/model.md 2.6). The official dialect of
-the same weights must give bit-equal logits: it is the same model, read another way.
+32 index heads: with few, exact ties at 0 make the top-k arbitrary (spec/model.md 2.6). The official dialect
+of the same weights must give bit-equal logits: it is the same model, read another way.
 """
 
 import json

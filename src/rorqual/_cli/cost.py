@@ -42,7 +42,7 @@ def cost(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """KV-cache bytes, FLOPs per token and parameters of V4 models, with DeepSeek-V3.2 and GQA8 beside them."""
+    """KV-cache bytes, FLOPs per token and parameters of V4 models, DeepSeek-V3.2 and GQA8 beside them."""
     from rorqual.model.cost import table
 
     configs = {PRESETS.get(name, name): _config(name) for name in models or ["pro", "flash"]}
