@@ -84,11 +84,11 @@ def _to_json(row: Row) -> dict[str, Any]:
 
 
 def _table(rows: list[Row]) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    out.add_column("context", justify="right")
-    out.add_column("model")
-    for title in ("KV cache", "of V3.2", "of GQA8", "GFLOP/token", "of V3.2", "parameters", "active"):
-        out.add_column(title, justify="right")
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    out.add_column("context", justify="right", no_wrap=True)
+    out.add_column("model", no_wrap=True)
+    for title in ("KV cache", "/ V3.2", "/ GQA8", "GFLOP", "/ V3.2", "params", "active"):  # GFLOP per token
+        out.add_column(title, justify="right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
         new = before is None or before.context != row.context
         if new and before is not None:

@@ -251,7 +251,7 @@ def _v32() -> Reference:
     attention += 1536 * index + d * 128 + d * 64
     moe = 58 * (3 * d * 2048 * 9 + d * 256) + 3 * 3 * d * 18432
     return Reference(
-        name="DeepSeek-V3.2",
+        name="V3.2",
         layers=layers,
         kv_bytes_per_token_layer=(512 + 4 * 4 + 64 * 2) + (128 + 4),
         flops_fixed=2 * (layers * attention + moe) + 2 * 2 * 129280 * d,
