@@ -1,0 +1,21 @@
+"""Engine: generation with a V4 model: cached, streamed, one sequence or many. Needs 'rorqual[model]'."""
+
+from rorqual.engine.batch import Batch, BatchEvent
+from rorqual.engine.engine import Engine, FinishReason, KVUsage, SequenceState, TokenEvent
+from rorqual.engine.errors import ContextOverflow, EngineError, PromptError, SequenceFileError
+from rorqual.engine.sampler import SamplingParams
+
+__all__ = [
+    "Batch",
+    "BatchEvent",
+    "ContextOverflow",
+    "Engine",
+    "EngineError",
+    "FinishReason",
+    "KVUsage",
+    "PromptError",
+    "SamplingParams",
+    "SequenceFileError",
+    "SequenceState",
+    "TokenEvent",
+]
