@@ -155,8 +155,8 @@ def test_the_command_prints_the_published_figures():
     code, out, error = command("--context", "1M")
     assert code == 0, error
     for line in (
-        r"1,048,576 +V4-Pro +5\.28 GB +10\.5% +2\.02% +319\.4 +26\.7% +1573\.0 B +48\.9 B",
-        r"V4-Flash +3\.69 GB +7\.32% +2% +120\.7 +10\.1% +284\.3 B +13\.3 B",
+        r"1,048,576 +V4-Pro +5\.28 GB +10\.5% +2\.0% +319\.4 +26\.7% +1573\.0B +48\.9B",
+        r"V4-Flash +3\.69 GB +7\.3% +2\.0% +120\.7 +10\.1% +284\.3B +13\.3B",
         r"V3\.2 +50\.40 GB +100%",
         r"GQA8 bf16 +261\.99 GB",
     ):

@@ -84,7 +84,7 @@ def _to_json(row: Row) -> dict[str, Any]:
 
 
 def _table(rows: list[Row]) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     out.add_column("context", justify="right", no_wrap=True)
     out.add_column("model", no_wrap=True)
     for title in ("KV cache", "/ V3.2", "/ GQA8", "GFLOP", "/ V3.2", "params", "active"):  # GFLOP per token
@@ -99,7 +99,7 @@ def _table(rows: list[Row]) -> Table:
             _bytes(row.kv_bytes),
             _percent(row.kv_of_v32),
             _percent(row.kv_of_gqa8),
-            f"{row.flops / 1e9:.4g}" if row.flops is not None else "–",
+            f"{row.flops / 1e9:.{1 if row.flops >= 1e9 else 4}f}" if row.flops is not None else "–",
             _percent(row.flops_of_v32),
             _count(row.parameters),
             _count(row.active_parameters),
@@ -108,7 +108,9 @@ def _table(rows: list[Row]) -> Table:
 
 
 def _percent(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{100 * ratio:.3g}%"
+    if ratio is None:
+        return "–"
+    return "<0.1%" if 0 < ratio < 0.001 else f"{100 * ratio:.{1 if ratio < 0.9995 else 0}f}%"
 
 
 def _bytes(count: int) -> str:
@@ -126,4 +128,4 @@ def _bytes(count: int) -> str:
 def _count(number: int | None) -> str:
     if number is None:
         return "–"
-    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+    return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
