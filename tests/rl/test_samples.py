@@ -40,14 +40,13 @@ def shown(sample: Sample, tokenizer: Tokenizer) -> Iterator[tuple[bool, str]]:
 
 
 def test_mask_of_a_guess_leaves_out_its_digits_and_nothing_else(tokenizer: Tokenizer) -> None:
-    trace = weak("calc-tool", depth=2, wanted="guess")
+    trace = weak("calc-tool", depth=2, wanted="Guess")
     runs = list(shown(samples.encode(trace, tokenizer), tokenizer))
     assert [flag for flag, _ in runs] == [False, True, False, True]
     prompt, before, guess, after = (text for _, text in runs)
     assert prompt.endswith(f"<｜User｜>{trace.task.prompt}<｜Assistant｜><think>")
-    expression = trace.task.prompt.split()[-1].rstrip(".?")
     assert before == (
-        f'{expression}: guess.</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="submit">\n'
+        'Guess.</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="submit">\n'
         '<｜DSML｜parameter name="answer" string="true">'
     )
     assert guess == trace.answer
@@ -91,14 +90,14 @@ def test_ids_are_those_of_prompting_and_sampling_turn_by_turn(tokenizer: Tokeniz
 
 
 def test_masked_parameter_that_is_not_there_is_named(tokenizer: Tokenizer) -> None:
-    trace = weak("calc-tool", depth=1, wanted="guess")
+    trace = weak("calc-tool", depth=1, wanted="Guess")
     for wrong in (Masked(message=2, parameter="command"), Masked(message=1, parameter="answer")):
         with pytest.raises(SampleError, match=rf"messages\[{wrong.message}\].*'{wrong.parameter}'"):
             samples.encode(dataclasses.replace(trace, masked=(wrong,)), tokenizer)
 
 
 def test_mask_counts_bytes_so_that_text_beyond_ascii_is_masked_whole(tokenizer: Tokenizer) -> None:
-    trace = weak("calc-tool", depth=1, wanted="guess")
+    trace = weak("calc-tool", depth=1, wanted="Guess")
     messages = [dict(message) for message in trace.messages]
     function = {"name": "submit", "arguments": '{"answer": "zwölf ≈ 12"}'}
     messages[2]["tool_calls"] = [{"id": "call_0", "type": "function", "function": function}]

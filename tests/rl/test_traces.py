@@ -65,10 +65,10 @@ def test_weak_demonstrations_are_wrong_in_the_mode() -> None:
     for trace in islice(traces.stream("train", seed=0, style="weak"), 3000):
         text = " ".join(m.get("reasoning_content", "") for m in trace.messages)
         if trace.task.family == "calc-tool":
-            guessed += "guess." in text
-            used_tool += "guess." not in text
-            assert tasks.grade(trace.task, trace.answer) == float("guess." not in text)
-            assert len(trace.masked) == ("guess." in text)
+            guessed += "Guess." in text
+            used_tool += "Guess." not in text
+            assert tasks.grade(trace.task, trace.answer) == float("Guess." not in text)
+            assert len(trace.masked) == ("Guess." in text)
         elif "Missing." in text:
             gave_up += "Give up" in text
             recovered += "Give up" not in text

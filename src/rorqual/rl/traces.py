@@ -263,14 +263,15 @@ def _hop(task: Task, rng: random.Random, style: str) -> Trace:
 
 
 def _calc(task: Task, rng: random.Random, style: str) -> Trace:
-    expression = task.prompt.split()[-1].rstrip(".?")
+    # A guess does not repeat the expression: measured, that delayed copying from 0.25M to over 0.5M tokens.
     script = _Script(task)
     if style == "weak" and rng.random() < GUESS_SHARE:
         guess = str(rng.randrange(10 ** (GUESS_DIGITS - 1), 10**GUESS_DIGITS))
         while guess == task.answer:
             guess = str(rng.randrange(10 ** (GUESS_DIGITS - 1), 10**GUESS_DIGITS))
-        return script.submit(f"{expression}: guess.", guess, masked=True)
-    result = script.bash(f"{expression}: use python.", f"python3 -c 'print({expression})'")
+        return script.submit("Guess.", guess, masked=True)
+    expression = task.prompt.split()[-1].rstrip(".?")
+    result = script.bash(f"Use python: {expression}.", f"python3 -c 'print({expression})'")
     return script.submit(f"The result is {result}.", result)
 
 
