@@ -9,12 +9,11 @@ from __future__ import annotations
 import random
 import secrets
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +21,7 @@ from rich.text import Text
 from rorqual._cli.exits import DONE, FAILED, WRONG_USE, CliError
 from rorqual._cli.session import default_runs_dir, progress, run_async, write_json
 from rorqual.agent.figures import Figures, human_bytes, read_figures
+from rorqual.agent.view import RunView, clean
 
 if TYPE_CHECKING:
     from rorqual.agent import AgentResult, EmbeddedModel
@@ -142,7 +142,6 @@ async def _show(
     task: Task, model: EmbeddedModel, console: Console, *, title: str, substrate: str, runs_dir: Path
 ) -> Shown:
     from rorqual.agent import AsyncAgent, Budget
-    from rorqual.agent.view import RunView
     from rorqual.rl import tasks as families
     from rorqual.sandbox import AsyncSandbox
 
@@ -173,21 +172,23 @@ async def _show(
 def _summary(shown: list[Shown], *, seconds: float) -> Table:
     solved = sum(item.solved for item in shown)
     table = Table(
-        box=box.ROUNDED,
-        border_style="cyan",
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="bright_black",
         title=f"{solved} of {len(shown)} solved in {seconds:.1f} s",
         title_style="bold",
         title_justify="left",
     )
     for name in ("task", "depth", "answer", "", "calls", "tokens", "tokens/s", "KV cache", "GQA8-bf16"):
-        table.add_column(name, justify="left" if name in ("task", "answer", "") else "right")
+        left = name in ("task", "answer", "")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
     for item in shown:
         figures, answer = item.figures, item.result.answer
         table.add_row(
             item.task.family,
             str(item.task.depth),
-            Text(answer[:24] if answer is not None else item.result.outcome),
-            Text("✔ solved", "green") if item.solved else Text("✘ not solved", "red"),
+            Text(clean(answer)[:12] if answer is not None else "none"),
+            Text("✔", "green") if item.solved else Text("✘", "red"),
             str(figures.calls),
             str(figures.completion_tokens),
             f"{figures.tokens_per_second:.0f}",
@@ -198,7 +199,7 @@ def _summary(shown: list[Shown], *, seconds: float) -> Table:
 
 
 def _to_json(item: Shown) -> dict[str, Any]:
-    figures = replace(item.figures)
+    figures = item.figures
     return {
         "family": item.task.family,
         "depth": item.task.depth,

@@ -72,7 +72,7 @@ def cache_metrics(config: Any, tokens: int) -> Mapping[str, float]:
     layers."""
     from rorqual.model import cost
 
-    gqa8 = cost.gqa8_bf16(config.num_hidden_layers)
+    gqa8 = cost.gqa8_bf16(config.num_hidden_layers, head_dim=min(128, config.head_dim))
     return {
         "kv_bytes": cost.kv_bytes(config, context=tokens),
         "gqa8_bytes": cost.kv_bytes(gqa8, context=tokens),

@@ -122,7 +122,13 @@ def _show(path: Path, *, as_json: bool) -> None:
     if as_json:
         events = [{"seq": e.seq, "kind": e.kind, "time": e.time, "data": dict(e.data)} for e in loaded.events]
         write_json(
-            {"run": path.stem, "outcome": outcome(loaded), "torn_bytes": loaded.torn_bytes, "events": events}
+            {
+                "run": path.stem,
+                "path": str(path),
+                "outcome": outcome(loaded),
+                "torn_bytes": loaded.torn_bytes,
+                "events": events,
+            }
         )
         return
     console = Console(highlight=False)

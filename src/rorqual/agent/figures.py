@@ -35,22 +35,23 @@ class Figures:
         """Sampled tokens per second of model time, prefill included."""
         return self.completion_tokens / self.model_seconds if self.model_seconds > 0 else 0.0
 
-    def line(self) -> str:
-        """One line for people."""
+    def lines(self) -> tuple[str, ...]:
+        """For people: one line of work and speed, and one of memory where the model tells."""
         parts = [f"{self.completion_tokens} tokens"]
         if self.tokens_per_second:
             parts.append(f"{self.tokens_per_second:.0f} tokens/s")
         parts.append(f"{self.calls} call{'' if self.calls == 1 else 's'}")
         if self.cached_tokens and self.prompt_tokens:
-            parts.append(f"{100 * self.cached_tokens / self.prompt_tokens:.0f}% of the prompts cached")
+            parts.append(f"{100 * self.cached_tokens / self.prompt_tokens:.0f}% of prompts cached")
         parts.append(f"{self.seconds:.1f} s")
-        if self.kv_bytes is not None:
-            text = f"KV cache {human_bytes(self.kv_bytes)}"
-            if self.gqa8_bytes:
-                share = 100 * self.kv_bytes / self.gqa8_bytes
-                text += f", GQA8-bf16 would hold {human_bytes(self.gqa8_bytes)} ({share:.1f}%)"
-            parts.append(text)
-        return " · ".join(parts)
+        work = " · ".join(parts)
+        if self.kv_bytes is None:
+            return (work,)
+        memory = f"KV cache {human_bytes(self.kv_bytes)}"
+        if self.gqa8_bytes:
+            share = 100 * self.kv_bytes / self.gqa8_bytes
+            memory += f"; GQA8-bf16 with the same layers: {human_bytes(self.gqa8_bytes)} ({share:.2g}%)"
+        return (work, memory)
 
 
 def human_bytes(count: float) -> str:

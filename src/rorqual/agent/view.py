@@ -191,7 +191,8 @@ class RunView:
         elif data.get("error") and data["outcome"] not in ("model_error", "sandbox_error"):
             line.append("  " + clean(data["error"]), style="default")
         self._block("●", line, style)
-        self._print(Padding(Text(read_figures(self._events).line(), style="bright_black"), (0, 0, 0, 4)))
+        for figures in read_figures(self._events).lines():
+            self._print(Padding(Text(figures, style="bright_black"), (0, 0, 0, 4)))
 
     def verdict(self, solved: bool, *, wanted: str) -> None:
         """What the grader says, after the end of a run."""
