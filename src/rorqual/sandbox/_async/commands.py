@@ -275,15 +275,15 @@ class AsyncCommands:
         if background:
             handle._start(on_stdout, on_stderr)
             if isinstance(feed, bytes):
-                session.spawn(asyncio.create_task(_feed(process, feed)))
+                session.spawn(asyncio.create_task(_feed(session, process, feed)))
             return handle
-        feeding = asyncio.create_task(_feed(process, feed)) if isinstance(feed, bytes) else None
+        feeding = asyncio.create_task(_feed(session, process, feed)) if isinstance(feed, bytes) else None
         try:
             deadline = None if timeout is None else timeout + GRACE_S
             return await handle._pump(on_stdout, on_stderr, deadline=deadline)
         finally:
-            if feeding is not None:
-                feeding.cancel()
+            if feeding is not None and not feeding.cancel():
+                feeding.result()
 
     async def list(self) -> builtins.list[CommandInfo]:
         """Commands that run, or ended a short while ago."""
@@ -370,12 +370,15 @@ def _check(cmd: str | Sequence[str], *, timeout: float | None, max_output: int) 
     return cmd if isinstance(cmd, str) else "\0".join(parts)
 
 
-async def _feed(process: GuestProcess, data: bytes) -> None:
+async def _feed(session: Session, process: GuestProcess, data: bytes) -> None:
     try:
         await process.send_stdin(data)
         await process.close_stdin()
     except (GuestGone, GuestRefused):
         pass  # it ended without reading all of its input; its result says how
+    except Exception:
+        await session.guest.kill(process.pid)  # it would wait for ever for the rest
+        raise
 
 
 def _decoded(callback: OnOutput | None) -> Callable[..., Awaitable[None]] | None:

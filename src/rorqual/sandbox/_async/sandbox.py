@@ -136,7 +136,7 @@ class AsyncSandbox:
             launched = await kind.launch(
                 spec, sandbox_id=sandbox_id, state=state, trajectory=log_path.absolute()
             )
-            session = await _connect(launched, log, envs=spec.envs)
+            session = await _connect(launched, log)
         except BaseException as error:
             log.finish(sandbox=sandbox_id, seq=seq, result={"error": f"{type(error).__name__}: {error}"})
             raise
@@ -170,6 +170,7 @@ class AsyncSandbox:
             guest_socket=state.sandboxes / sandbox_id / "guest.sock",
             user=record["user"],
             workdir=record["workdir"],
+            envs=record["envs"],
             expires=answer["expires"],
             runtime=record["runtime"],
             limits=record["limits"],
@@ -178,7 +179,7 @@ class AsyncSandbox:
         )
         log = open_log(Path(record["trajectory"]))
         try:
-            session = await _connect(launched, log, envs=record["envs"], kill_on_failure=False)
+            session = await _connect(launched, log, kill_on_failure=False)
         except LaunchFailed as error:
             raise SandboxNotFound(sandbox_id) from error
         return cls(session, state=state, owned=False)
@@ -307,9 +308,7 @@ def _substrate(spec: SandboxSpec, require: Sequence[str]) -> Any:
     return kind
 
 
-async def _connect(
-    launched: Launched, log: Log, *, envs: Mapping[str, str], kill_on_failure: bool = True
-) -> Session:
+async def _connect(launched: Launched, log: Log, *, kill_on_failure: bool = True) -> Session:
     """Shakes hands with the agent; a sandbox whose agent does not answer is ended."""
     try:
         guest = await GuestClient.connect(launched.guest_socket, timeout=CONNECT_S)
@@ -324,7 +323,7 @@ async def _connect(
         if isinstance(error, GuestError | OSError | TimeoutError):
             raise LaunchFailed(launched.sandbox_id, stage="agent", detail=detail) from error
         raise
-    return Session(launched=launched, guest=guest, log=log, envs=dict(envs))
+    return Session(launched=launched, guest=guest, log=log, envs=launched.envs)
 
 
 def _record(state: StateDir, sandbox_id: str) -> dict[str, Any] | None:

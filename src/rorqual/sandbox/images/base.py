@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +85,8 @@ class RootFs:
     """(target inside, host directories, top layer first)."""
     binds: tuple[tuple[str, str], ...] = ()
     """(host path, path inside), read-only, ids unshifted."""
+    envs: Mapping[str, str] = field(default_factory=dict)
+    """Variables the image sets; the request's own come after them."""
     notes: tuple[str, ...] = field(default=())
     """What `info()` and `doctor` say about it."""
 

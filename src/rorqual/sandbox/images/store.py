@@ -106,4 +106,5 @@ def root_file_system(name: str, *, state: StateDir) -> RootFs:
     place = image_directory(name, state=state)
     if not (place / "image.json").is_file():
         raise ImageNotFound(name, known=[info.name for info in images(state=state)])
-    return RootFs(overlays=(("/", (str(place / "rootfs"),)),))
+    record = json.loads((place / "image.json").read_text(encoding="utf-8"))
+    return RootFs(overlays=(("/", (str(place / "rootfs"),)),), envs=record["envs"])

@@ -24,6 +24,8 @@ class Launched:
     user: str
     """The default user, as it turned out on this host."""
     workdir: str
+    envs: dict[str, str]
+    """Variables of every command: the image's, then the request's."""
     expires: float
     """End of its lifetime, epoch seconds."""
     runtime: str
