@@ -314,8 +314,7 @@ static void kill_hard(struct command *cmd) {
     cmd->sweep_at = now_ns() + SWEEP_RETRY_NS;
 }
 
-int64_t command_timers(int64_t now) {
-    int64_t due = INT64_MAX;
+void command_run_due(int64_t now) {
     for (struct command *cmd = commands; cmd; cmd = cmd->next) {
         if (cmd->dead) continue;
         if (!cmd->exited && cmd->deadline && cmd->deadline <= now) {
@@ -329,6 +328,13 @@ int64_t command_timers(int64_t now) {
             cmd->sweeps_left = sweep(cmd, SIGKILL) ? cmd->sweeps_left - 1 : 0;
         }
         if (cmd->exited && !cmd->done && (cmd->quiet_until <= now || cmd->drain_until <= now)) finish(cmd);
+    }
+}
+
+int64_t command_next_due(void) {
+    int64_t due = INT64_MAX;
+    for (struct command *cmd = commands; cmd; cmd = cmd->next) {
+        if (cmd->dead) continue;
         if (!cmd->exited && cmd->deadline && cmd->deadline < due) due = cmd->deadline;
         if (cmd->sweeps_left && cmd->sweep_at < due) due = cmd->sweep_at;
         if (cmd->exited && !cmd->done) {

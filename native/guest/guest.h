@@ -147,7 +147,8 @@ bool command_exited(pid_t pid, int status); /* false: not a command of ours */
 void command_forget_conn(struct conn *c);
 void sub_free(struct sub *s);
 bool sub_pump(struct sub *s); /* put at most one frame into the connection's buffer; true if it did. May free s */
-int64_t command_timers(int64_t now); /* run what is due; returns the next deadline, INT64_MAX if none */
+void command_run_due(int64_t now); /* timeouts, sweeps, drains */
+int64_t command_next_due(void);    /* INT64_MAX: nothing is timed */
 void command_reap(void);
 
 /* spawn.c */

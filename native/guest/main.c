@@ -161,9 +161,12 @@ int main(int argc, char **argv) {
     source_watch(&signals, EPOLLIN);
 
     for (;;) {
-        int64_t due = command_timers(now_ns());
+        command_run_due(now_ns());
+        for (struct conn *c = conns; c; c = c->next)
+            if (!c->dead) conn_pump(c);
         conn_reap();
         command_reap();
+        int64_t due = command_next_due();
         int wait = -1;
         if (due != INT64_MAX) {
             int64_t ms = (due - now_ns() + 999999) / 1000000;
@@ -181,7 +184,5 @@ int main(int argc, char **argv) {
                 default: command_event(s->owner, s->kind); break;
             }
         }
-        for (struct conn *c = conns; c; c = c->next)
-            if (!c->dead) conn_pump(c);
     }
 }

@@ -1,4 +1,4 @@
-"""The guest protocol's bytes, host side: what the guest sends is decoded, or refused as GuestProtocolError."""
+"""The guest protocol's bytes, host side: what a guest sends is decoded or refused as GuestProtocolError."""
 
 from __future__ import annotations
 

@@ -166,8 +166,8 @@ class GuestClient:
         """Start a command.
 
         `env` is laid over the agent's environment; `cwd` None is the user's home; without `stdin` it reads
-        /dev/null. `timeout` (s) counts in the guest, which then kills the command and its descendants. A program
-        not found, a bad cwd, an unknown user are results (exit 127 or 126, `GuestExit.error`).
+        /dev/null. `timeout` (s) counts in the guest, which then kills the command and its descendants. A
+        program not found, a bad cwd, an unknown user are results (exit 127 or 126, `GuestExit.error`).
         Raises GuestRefused (E2BIG: argv and env over 256 KiB; EAGAIN: too many commands), ValueError.
         """
         if timeout is not None and not 0 < timeout < 4e9:
@@ -309,7 +309,7 @@ class GuestClient:
     ) -> None:
         """Write a whole file, atomically (temporary beside it, then rename), or append to it.
 
-        `mode` None keeps a file's bits, or is 0o644 for a new one. `user` (None: the agent's) owns what is new.
+        `mode` None keeps a file's bits, or is 0o644 for a new one. `user` (None: the agent's) owns new ones.
         Through a symlink the target is written. Raises GuestFileError; GuestRefused if there is no such user.
         """
         if mode is not None and not 0 <= mode <= 0o7777:

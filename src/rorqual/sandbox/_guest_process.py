@@ -194,12 +194,15 @@ class GuestProcess:
                     raise
 
     async def _send(self, data: bytes, *, eof: bool) -> None:
-        await self._client._call(Type.STDIN, wire.u32(self.pid), wire.u8(eof), data, deadline=None)
+        await self._client._call(
+            Type.STDIN, wire.u32(self.pid), wire.u8(eof), data, read=wire.read_empty, deadline=None
+        )
 
     async def resize(self, size: PtySize) -> None:
         """Tell the terminal its size. Raises GuestRefused (ENOTTY: no terminal; EIO: it is gone)."""
         rows, cols = pty_size(size)
-        await self._client._call(Type.RESIZE, wire.u32(self.pid), wire.u16(rows), wire.u16(cols))
+        size_bytes = wire.u16(rows) + wire.u16(cols)
+        await self._client._call(Type.RESIZE, wire.u32(self.pid), size_bytes, read=wire.read_empty)
 
     async def kill(self, signal: int = 9) -> bool:
         """As `GuestClient.kill`."""
