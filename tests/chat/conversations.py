@@ -1,6 +1,7 @@
-"""Strategies and small builders that several chat tests share: conversations, completions, ways to cut them."""
+"""What several chat tests share: strategies for conversations and completions, ways to cut them."""
 
 import json
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -51,10 +52,12 @@ def merged(events):
 
 # Texts that spell no marker, not even across a join with its neighbours.
 alphabet = st.characters(exclude_categories=("Cs",), exclude_characters="｜<>")
-texts = st.text(alphabet, max_size=20) | st.sampled_from(["", "\n", "\n\n", " a b ", "é😀\u2028", 'q"\\', "1.50"])
+texts = st.text(alphabet, max_size=20) | st.sampled_from(
+    ["", "\n", "\n\n", " a b ", "é😀\u2028", 'q"\\', "1.50"]
+)
 # Any text, markers included.
 hostile_texts = st.lists(
-    st.sampled_from([*SPECIALS, "<tool_result>", "</tool_result>", f"</{D}parameter>", "\n", "<", "｜", "a"]) | texts,
+    st.sampled_from([*SPECIALS, "<tool_result>", f"</{D}parameter>", "\n", "<", "｜", "a"]) | texts,
     max_size=5,
 ).map("".join)
 json_values = st.recursive(
@@ -111,19 +114,37 @@ def agent_turns(draw, texts=texts):
     return steps
 
 
-pieces_of_markup = st.sampled_from(
-    [
-        *(D, f"<{D}", f"</{D}", "<", "</", "｜", "｜DS", "ML｜", ">", "\n", "\n\n", " ", '">', "a", "é", "{", "}", "1"),
-        *("<think>", "</think>", "</thi", "nk>", EOS, EOS[:5], BOS, "<｜User｜>", "|DSML|", "｜｜DSML｜｜"),
-        *(f"<{D}tool_calls>", f"\n\n<{D}tool_calls>\n", f"</{D}tool_calls>", f"<{D}function_calls>", "<tool_calls>"),
-        *(f'<{D}invoke name="bash">\n', f'<{D}invoke name="', '<invoke name="now">', f"</{D}invoke>", "</invoke>"),
-        *(f"\n</{D}invoke>\n", f'<{D}parameter name="command" string="true">', f"</{D}parameter>", "</parameter>"),
-        *(f'\n<{D}parameter name="timeout" string="false">', f'<{D}parameter name="input" string="true">'),
-        *('<parameter name="x">', '{"a": 1}', '"', "\\", "\t", f"<{D} calls>", f'<{D} invoke name="now">'),
-        *(invoke("bash", param("command", "ls")), block(invoke("now")), "tool_calls>", "text"),
-    ]
-)
-hostile_completions = st.lists(pieces_of_markup, max_size=25).map("".join)
+MARKUP = [
+    *(
+        D,
+        f"<{D}",
+        f"</{D}",
+        "<",
+        "</",
+        "｜",
+        "｜DS",
+        "ML｜",
+        ">",
+        "\n",
+        "\n\n",
+        " ",
+        '">',
+        "a",
+        "é",
+        "{",
+        "}",
+        "1",
+    ),
+    *("<think>", "</think>", "</thi", "nk>", EOS, EOS[:5], BOS, "<｜User｜>", "|DSML|", "｜｜DSML｜｜"),
+    *(f"<{D}tool_calls>", f"\n\n<{D}tool_calls>\n", f"</{D}tool_calls>"),
+    *(f"<{D}function_calls>", "<tool_calls>", "</invoke>", "</parameter>"),
+    *(f'<{D}invoke name="bash">\n', f'<{D}invoke name="', '<invoke name="now">', f"</{D}invoke>"),
+    *(f"\n</{D}invoke>\n", f'<{D}parameter name="command" string="true">', f"</{D}parameter>"),
+    *(f'\n<{D}parameter name="timeout" string="false">', f'<{D}parameter name="input" string="true">'),
+    *('<parameter name="x">', '{"a": 1}', '"', "\\", "\t", f"<{D} calls>", f'<{D} invoke name="now">'),
+    *(invoke("bash", param("command", "ls")), block(invoke("now")), "tool_calls>", "text"),
+]
+hostile_completions = st.lists(st.sampled_from(MARKUP), max_size=25).map("".join)
 
 
 @st.composite
@@ -131,4 +152,4 @@ def cuts(draw, text):
     """A list of pieces that join to `text`."""
     points = sorted(draw(st.lists(st.integers(0, len(text)), max_size=12)))
     edges = [0, *points, len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]

@@ -15,7 +15,7 @@ SCHEMALESS = [{"type": "function", "function": {"name": "f"}}]
 
 
 def check(text, *, calls=(), content="", reasoning="", reason=None, kinds=(), strict_raises=True, **kwargs):
-    """Parses in one piece and in single characters; strict parsing must raise, as the official parser does."""
+    """Parses in one piece and in single characters; strict must raise, as the official parser does."""
     kwargs.setdefault("tools", TOOLS)
     whole = parse(text, **kwargs)
     parser = StreamParser(**{k: v for k, v in kwargs.items() if k != "promote_unclosed_reasoning"})
@@ -65,7 +65,8 @@ def test_think_markers_later_in_content(marker):
 
 
 def test_second_reasoning_pass_stays_content():
-    check(f"r</think>more thought</think>c{EOS}", reasoning="r", content="more thought c", kinds=["stray_special"])
+    text = f"r</think>more thought</think>c{EOS}"
+    check(text, reasoning="r", content="more thought c", kinds=["stray_special"])
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -114,7 +115,11 @@ def test_block_start_missing_with_an_unknown_name_is_no_call():
         lambda t: t.replace("tool_calls", "toolcalls"),
         lambda t: t.replace("tool_calls", "tool"),
         lambda t: t.replace("tool_calls", "function_calls"),
-        lambda t: t.replace("tool_calls", " calls").replace("invoke", " invoke").replace("parameter", " parameter"),
+        lambda t: (
+            t.replace("tool_calls", " calls")
+            .replace(f"{D}invoke", f"{D} invoke")
+            .replace("parameter", " parameter")
+        ),
         lambda t: t.replace(D, "｜｜DSML｜｜"),
         lambda t: t.replace(D, "|DSML|"),
         lambda t: t.replace(D, "||DSML||"),
@@ -160,7 +165,8 @@ def test_parameter_close_missing_and_the_next_parameter_follows():
 
 
 def test_parameter_close_missing_and_the_call_ends():
-    text = "</think>" + block(f'<{D}invoke name="bash">\n<{D}parameter name="command" string="true">ls\n</{D}invoke>')
+    parameter = f'<{D}parameter name="command" string="true">ls'
+    text = "</think>" + block(invoke("bash", parameter))
     check(text + EOS, calls=CALL, kinds=["missing_parameter_close"])
 
 
@@ -171,9 +177,7 @@ def test_a_closing_tag_inside_a_value_is_data():
 
 
 def test_a_misspelled_closing_tag_is_data_until_a_real_one():
-    text = "</think>" + block(
-        f'<{D}invoke name="bash">\n<{D}parameter name="command" string="true">ls</{D}paramter>\n</{D}parameter>\n</{D}invoke>'
-    )
+    text = "</think>" + block(invoke("bash", param("command", f"ls</{D}paramter>\n")))
     check(text + EOS, calls=[("bash", {"command": f"ls</{D}paramter>\n"})], strict_raises=False)
 
 
@@ -190,7 +194,8 @@ def test_a_misspelled_closing_tag_is_data_until_a_real_one():
     ],
 )
 def test_string_attribute_missing_or_bad(header, value, want):
-    text = "</think>" + block(f'<{D}invoke name="bash">\n<{D}parameter {header}>{value}</{D}parameter>\n</{D}invoke>')
+    parameter = f"<{D}parameter {header}>{value}</{D}parameter>"
+    text = "</think>" + block(invoke("bash", parameter))
     key = header.split('"')[1]
     check(text + EOS, calls=[("bash", {key: want})], kinds=["bad_string_flag"])
 
@@ -272,19 +277,24 @@ def test_what_only_looks_like_a_wrapper_stays():
 
 def test_tool_choice_none_drops_calls():
     text = "</think>no" + block(BASH) + EOS
-    check(text, content="no", kinds=["unexpected_call"], options=ParserOptions(tool_choice="none"), strict_raises=False)
+    options = ParserOptions(tool_choice="none")
+    check(text, content="no", kinds=["unexpected_call"], options=options, strict_raises=False)
 
 
-@pytest.mark.parametrize("cut", [f"<{D}", f"<{D}tool_", f"<{D}tool_calls>", f"<{D}tool_calls>\n<{D}invoke na"])
+@pytest.mark.parametrize(
+    "cut", [f"<{D}", f"<{D}tool_", f"<{D}tool_calls>", f"<{D}tool_calls>\n<{D}invoke na"]
+)
 def test_cut_inside_a_start_tag(cut):
-    check(f"r</think>c\n\n{cut}", reasoning="r", content="c", reason="length", kinds=["cut_start_tag"], tools=None)
+    text = f"r</think>c\n\n{cut}"
+    check(text, reasoning="r", content="c", reason="length", kinds=["cut_start_tag"], tools=None)
 
 
 @pytest.mark.parametrize("keep", [1, 15, 40, 60, 75, 100, 120])
 def test_cut_inside_a_call(keep):
     second = invoke("bash", param("command", "0123456789" * 5))
-    text = f"</think>\n\n<{D}tool_calls>\n{invoke('now')}\n" + second[: len(f'<{D}invoke name="bash">') + keep]
-    m, events = check(text, calls=[("now", {})], reason="length", kinds=["truncated_call"])
+    second = second[: len(f'<{D}invoke name="bash">') + keep]
+    text = f"</think>\n\n<{D}tool_calls>\n{invoke('now')}\n" + second
+    _, events = check(text, calls=[("now", {})], reason="length", kinds=["truncated_call"])
     assert [e.index for e in events if e.kind == "call_truncated"] == [1]
 
 

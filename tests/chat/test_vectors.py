@@ -11,6 +11,8 @@ from rorqual.chat.profile import PROFILES, TOOLS_HEAD, TOOLS_TAIL
 
 VECTORS = Path(__file__).parent / "vectors"
 EXTRA = sorted((VECTORS / "extra").glob("*.json"))
+WORKED = json.loads((VECTORS / "worked_examples.json").read_text("utf-8"))
+NOW = {"name": "now", "parameters": {"type": "object", "properties": {}}}
 
 
 @pytest.mark.parametrize(("case", "mode"), [(1, "thinking"), (2, "thinking"), (3, "thinking"), (4, "chat")])
@@ -30,7 +32,15 @@ def test_further_case_is_byte_identical(path):
     assert "".join(s.text for s in segments) == case["expected"]
 
 
+@pytest.mark.parametrize("example", WORKED, ids=lambda e: str(e["number"]))
+def test_worked_example_is_byte_identical(example):
+    instructions = TOOLS_HEAD + json.dumps(NOW) + TOOLS_TAIL
+    expected = example["expected"].replace("‹TOOLS›", instructions)
+    assert render(example["messages"], keep="official", **example["options"]) == expected
+
+
 def test_all_vectors_are_there():
+    assert len(WORKED) == 16
     assert len(EXTRA) == 12
     assert len(list((VECTORS / "official_v4").iterdir())) == 8
 

@@ -110,9 +110,9 @@ def invoke_name(text: str, at: int) -> tuple[int, str]:
     return match.end(), text[at : match.start()]
 
 
-_HEADER_STOP = re.compile(f"[>\r\n{ANY_MARK}]")
-_HEADER = re.compile(r'(.*)" string="(true|false)"')
-_LOOSE_HEADER = re.compile(r'([^"]*)"(?:\s+string\s*=\s*"?([^"]*)"?)?\s*')
+_HEADER_STOP = re.compile(f"[>{ANY_MARK}]")
+_HEADER = re.compile(r'(.*)" string="(true|false)"', re.DOTALL)
+_LOOSE_HEADER = re.compile(r'([^"\r\n]*)"(?:\s+string\s*=\s*"?([^"]*)"?)?\s*')
 
 
 def parameter_header(text: str, at: int) -> tuple[int, str, str]:

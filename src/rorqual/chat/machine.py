@@ -459,7 +459,7 @@ class Machine:
             return False
         if end == NO:
             self._pos = start
-            return self._malformed("a parameter's header runs over a line break or is too long")
+            return self._malformed("a parameter's header is damaged or too long")
         self._calls.value_start(key, flag)
         self._state, self._pos = "V", end
         return True
