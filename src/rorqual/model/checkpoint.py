@@ -38,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 PLAIN = ("F32", "BF16", "F16")
 FP4_CONTAINERS = ("I8", "U8")
 SCALES = ("F8_E8M0", "U8")
-CORE = {"embed.weight", "norm.weight", "layers.0.attn.wkv.weight"}
+CORE = ("embed.weight", "norm.weight", "layers.0.attn.wkv.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,9 @@ def load_state(directory: str | Path, config: Config) -> dict[str, Tensor]:
         handles = {file: stack.enter_context(_opened(file)) for file in _files(directory)}
         weights, scales = _survey(handles)
         shapes = expected_shapes(config, mtp=any(name.startswith("mtp.") for name in weights))
-        for name in CORE & set(
-            weights
-        ):  # the wrong config altogether: say so before listing its other layers
-            _check_parts(name, weights[name], scales.get(name, []), shapes[name], config)
+        for name in CORE:  # the wrong config altogether: say so before listing its other layers
+            if name in weights:
+                _check_parts(name, weights[name], scales.get(name, []), shapes[name], config)
         _check_names(weights, scales, shapes, config)
         for name, parts in weights.items():
             _check_parts(name, parts, scales.get(name, []), shapes[name], config)
