@@ -234,3 +234,27 @@ def test_doctor_tries_and_says(cli: Run) -> None:
     assert done.returncode == 0 and report["ok"] and checks["container"]["ok"]
     assert "a command run in" in checks["container"]["detail"] and "cores" in checks["cpu"]["detail"]
     assert "✔" in cli("doctor").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("container")
+def test_the_demo_runs_a_real_model_even_an_untrained_one(cli: Run, tmp_path: Path) -> None:
+    from agent.scripted_engine import small_tokenizer
+    from rorqual.model import Config, Model
+
+    tokenizer = small_tokenizer()
+    config = Config.preset("tiny").replace(vocab_size=tokenizer.vocab_size)
+    Model(config).initialize(0).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model" / "tokenizer.json")
+    options = ["--seed", "3", "--tasks", "2", "--max-tokens", "40", "--model-dir", str(tmp_path / "model")]
+    done = cli("demo", "--json", *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["seed"] == 3 and len(report["tasks"]) == 2
+    for task in report["tasks"]:
+        assert task["outcome"] == "token_limit" and not task["solved"] and task["answer"] is None
+        assert task["completion_tokens"] == 80 and 0 < task["kv_bytes"] < task["gqa8_bytes"]
+        assert Path(task["log"]).is_file()
+    assert "0 of 2 solved" in done.stderr and "--seed 3" in done.stderr and "✘ not solved" in done.stderr
+    again = json.loads(cli("demo", "--json", *options).stdout)
+    assert [task["prompt"] for task in again["tasks"]] == [task["prompt"] for task in report["tasks"]]

@@ -152,6 +152,16 @@ def test_an_engine_that_fails_is_a_model_error(tmp_path: Path, tokenizer: Tokeni
     assert result.outcome == "model_error" and result.error == "the engine failed: RuntimeError: out of pages"
 
 
+def test_an_engine_without_room_is_a_token_limit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def full(prompt: str) -> str:
+        error = Exception("300 tokens do not fit the context of 256")
+        error.tokens, error.limit = 300, 256  # type: ignore[attr-defined]
+        raise error
+
+    result, _ = work(tmp_path, tokenizer, full)
+    assert result.outcome == "token_limit" and result.error == "300 tokens do not fit the context of 256"
+
+
 def test_usage_counts_tokens_and_what_the_engine_had_already(tmp_path: Path, tokenizer: Tokenizer) -> None:
     result, _ = work(tmp_path, tokenizer, bash("one two", "true"), submit("x", "1"))
     (p1, c1), (p2, c2) = turns(result)
@@ -206,14 +216,10 @@ async def test_params_come_from_the_factory_and_metrics_from_the_engine(tokenize
             self.max_tokens, self.stop_ids = options["max_tokens"], options["stop_ids"]
 
     engine = ScriptedEngine(tokenizer, ["a</think>b"])
-    model = EmbeddedModel(
-        engine, tokenizer, make_params=Params, read_metrics=lambda tokens: {"kv_bytes": 8.0 * tokens}
-    )
+    model = EmbeddedModel(engine, tokenizer, make_params=Params, read_metrics=lambda: {"kv_bytes": 5.0})
     done = await model.complete([{"role": "user", "content": "1"}], [])
-    assert set(made[0]) == {"temperature", "top_p", "seed", "max_tokens", "stop_ids"}
-    assert done.prompt_ids is not None and done.completion_ids is not None
-    assert done.metrics["kv_bytes"] == 8 * (len(done.prompt_ids) + len(done.completion_ids))
-    assert done.metrics["first_token_seconds"] > 0
+    assert set(made[0]) == {"temperature", "top_p", "seed", "sequence", "max_tokens", "stop_ids"}
+    assert done.metrics["kv_bytes"] == 5.0 and done.metrics["first_token_seconds"] > 0
     with pytest.raises(ModelError, match="context"):
         small = EmbeddedModel(engine, tokenizer, EmbeddedConfig(context_tokens=3))
         await small.complete([{"role": "user", "content": "12345"}], [])

@@ -47,6 +47,7 @@ def work(
 ) -> tuple[AgentResult, list[dict[str, Any]], LocalEnvironment]:
     """Run an agent against the script: result, the messages of each request, the environment."""
     environment = options.pop("environment", None) or LocalEnvironment(tmp_path)
+    options.setdefault("workdir", "/work")
     with serving(*steps, strict=strict, loop=loop) as server:
         model = RemoteModel(RemoteConfig(url=server.url, model="m", first_wait=0.01, attempts=3))
         agent = Agent(model=model, sandbox=environment, runs_dir=tmp_path / "runs", **options)

@@ -320,3 +320,38 @@ def test_an_answer_cut_inside_a_call_gives_no_call() -> None:
         [done], _ = ask(server)
     assert len(done.message["tool_calls"]) == 1 and done.finish_reason == "length"
     assert done.malformed == ("the call of bash was cut off by the token limit",)
+
+
+LEAK = (
+    '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="bash">\n'
+    '<｜DSML｜parameter name="command" string="true">ls</｜DSML｜parameter>\n'
+    "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+)
+
+
+def test_markup_that_a_server_leaked_into_content_is_read_as_the_call_it_is() -> None:
+    with serving(Say(reasoning="r", content="I look." + LEAK)) as server:
+        [done], _ = ask(server)
+    [call] = done.message["tool_calls"]
+    assert call["function"] == {"name": "bash", "arguments": '{"command": "ls"}'} and call["id"]
+    assert done.message["content"] == "I look." and done.message["reasoning_content"] == "r"
+    assert done.finish_reason == "tool_calls" and "1 calls recovered, 0 lost" in done.notes[0]
+
+
+def test_markup_that_was_left_in_reasoning_is_read_too() -> None:
+    with serving(Say(reasoning="so I call" + LEAK)) as server:
+        [done], _ = ask(server)
+    assert done.message["reasoning_content"] == "so I call" and len(done.message["tool_calls"]) == 1
+
+
+def test_leaked_markup_that_is_cut_is_no_call() -> None:
+    with serving(Say(content="I look." + LEAK[:-50])) as server:
+        [done], _ = ask(server)
+    assert "tool_calls" not in done.message and "DSML" not in done.message["content"]
+    assert len(done.malformed) == 1
+
+
+def test_markup_is_not_looked_for_beside_real_calls() -> None:
+    with serving(Say(content="The syntax is" + LEAK, calls=[("bash", {"command": "pwd"})])) as server:
+        [done], _ = ask(server)
+    assert [c["function"]["arguments"] for c in done.message["tool_calls"]] == ['{"command": "pwd"}']

@@ -20,11 +20,10 @@ from rich.text import Text
 
 from rorqual._cli.exits import DONE, FAILED, WRONG_USE, CliError
 from rorqual._cli.session import default_runs_dir, progress, run_async, write_json
-from rorqual.agent.figures import Figures, human_bytes, read_figures
-from rorqual.agent.view import RunView, clean
 
 if TYPE_CHECKING:
     from rorqual.agent import AgentResult, EmbeddedModel
+    from rorqual.agent.figures import Figures
     from rorqual.rl.tasks import Task
 
 __all__ = ["register"]
@@ -65,6 +64,7 @@ def demo(
     family: Annotated[str | None, typer.Option(help="Only tasks of this family.")] = None,
     depth: Annotated[int | None, typer.Option(help="Only tasks of this depth.")] = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0.0)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.", min=1)] = 512,
     model_dir: Annotated[Path | None, typer.Option(help="Another model directory.")] = None,
     substrate: Annotated[str, typer.Option(help="Kind of sandbox.")] = "container",
     runs_dir: Annotated[Path | None, typer.Option(help="Where the event logs go.")] = None,
@@ -82,7 +82,9 @@ def demo(
     drawn = draw(seed, tasks, family=family, depth=depth)
     console = progress()
     started = time.monotonic()
-    model = open_embedded(model_dir or EMBEDDED_DIR, seed=seed, temperature=temperature)
+    model = open_embedded(
+        model_dir or EMBEDDED_DIR, seed=seed, temperature=temperature, max_tokens=max_tokens
+    )
     console.print(
         Text.assemble(
             ("rorqual demo", "bold"),
@@ -134,7 +136,11 @@ async def _show_all(
     shown = []
     for number, task in enumerate(drawn):
         title = f"task {number + 1} of {len(drawn)} · {task.family} · depth {task.depth}"
-        shown.append(await _show(task, model, console, title=title, substrate=substrate, runs_dir=runs_dir))
+        shown.append(
+            await _show(
+                task, model.for_sequence(number), console, title=title, substrate=substrate, runs_dir=runs_dir
+            )
+        )
     return shown
 
 
@@ -142,6 +148,8 @@ async def _show(
     task: Task, model: EmbeddedModel, console: Console, *, title: str, substrate: str, runs_dir: Path
 ) -> Shown:
     from rorqual.agent import AsyncAgent, Budget
+    from rorqual.agent.figures import read_figures
+    from rorqual.agent.view import RunView
     from rorqual.rl import tasks as families
     from rorqual.sandbox import AsyncSandbox
 
@@ -170,6 +178,9 @@ async def _show(
 
 
 def _summary(shown: list[Shown], *, seconds: float) -> Table:
+    from rorqual.agent.figures import human_bytes
+    from rorqual.agent.view import clean
+
     solved = sum(item.solved for item in shown)
     table = Table(
         box=None,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import rorqual
 from rorqual._cli.exits import UNFIT, CliError
 
 if TYPE_CHECKING:
     from rorqual.agent import EmbeddedModel
+    from rorqual.engine import Engine
 
 __all__ = ["EMBEDDED_DIR", "open_embedded"]
 
@@ -43,11 +44,9 @@ def open_embedded(
     from rorqual.agent import EmbeddedConfig, EmbeddedModel
     from rorqual.chat import ChatError, Tokenizer
     from rorqual.engine import Engine, SamplingParams
-    from rorqual.model.config import Config
     from rorqual.model.errors import ModelError
 
     try:
-        config = Config.from_file(directory)
         tokenizer = Tokenizer.from_file(directory)
         engine = Engine(directory)
     except (ModelError, ChatError) as error:
@@ -60,20 +59,14 @@ def open_embedded(
             temperature=temperature,
             seed=seed,
             max_tokens=max_tokens,
-            context_tokens=config.max_position_embeddings,
+            context_tokens=engine.config.max_position_embeddings,
         ),
         make_params=SamplingParams,
-        read_metrics=lambda tokens: cache_metrics(config, tokens),
+        read_metrics=lambda: cache_metrics(engine),
     )
 
 
-def cache_metrics(config: Any, tokens: int) -> Mapping[str, float]:
-    """KV-cache bytes of `tokens` tokens: of this model in the V4 formats, and of GQA8-bf16 with the same
-    layers."""
-    from rorqual.model import cost
-
-    gqa8 = cost.gqa8_bf16(config.num_hidden_layers, head_dim=min(128, config.head_dim))
-    return {
-        "kv_bytes": cost.kv_bytes(config, context=tokens),
-        "gqa8_bytes": cost.kv_bytes(gqa8, context=tokens),
-    }
+def cache_metrics(engine: Engine) -> Mapping[str, float]:
+    """Bytes the engine's cache holds, and what GQA8-bf16 with the same layers and head width would hold."""
+    usage = engine.usage()
+    return {} if usage is None else {"kv_bytes": usage.held_bytes, "gqa8_bytes": usage.gqa8_bytes}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import rorqual.chat as chat
@@ -54,6 +54,7 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+    sequence: int
     max_tokens: int
     stop_ids: tuple[int, ...]
 
@@ -67,7 +68,9 @@ class EmbeddedConfig:
     """0 is greedy."""
     top_p: float = 1.0
     seed: int = 0
-    """The engine's randomness is a function of (seed, position): one seed serves a whole run."""
+    """The engine's randomness is a function of (seed, sequence, position): one seed serves a whole run."""
+    sequence: int = 0
+    """Number of the conversation: another one gives other draws under the same seed."""
     max_tokens: int = 512
     """Tokens per answer at most."""
     context_tokens: int = 4096
@@ -98,12 +101,11 @@ class EmbeddedModel:
         config: EmbeddedConfig | None = None,
         *,
         make_params: Callable[..., Any] = Sampling,
-        read_metrics: Callable[[int], Mapping[str, float]] | None = None,
+        read_metrics: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """`make_params` builds the engine's parameters (`rorqual.engine.SamplingParams`).
 
-        `read_metrics` is asked after each answer for figures such as `kv_bytes`; it is given the number of
-        tokens the cache holds."""
+        `read_metrics` is asked after each answer for figures such as `kv_bytes`."""
         self.config = config or EmbeddedConfig()
         self.name = self.config.name
         self._engine = engine
@@ -111,6 +113,16 @@ class EmbeddedModel:
         self._make_params = make_params
         self._read_metrics = read_metrics
         self._session = _Session()
+
+    def for_sequence(self, sequence: int) -> EmbeddedModel:
+        """The same engine for another conversation, with its own draws; not at the same time as this one."""
+        return EmbeddedModel(
+            self._engine,
+            self._tokenizer,
+            replace(self.config, sequence=sequence),
+            make_params=self._make_params,
+            read_metrics=self._read_metrics,
+        )
 
     async def aclose(self) -> None:
         """Forget the conversation."""
@@ -135,6 +147,7 @@ class EmbeddedModel:
             temperature=self.config.temperature,
             top_p=self.config.top_p,
             seed=self.config.seed,
+            sequence=self.config.sequence,
             max_tokens=min(self.config.max_tokens, room),
             stop_ids=(self._tokenizer.eos_id,),
         )
@@ -218,10 +231,14 @@ class EmbeddedModel:
             sampler.stop.set()  # ends at its next token; left behind, it would keep the engine in use
             await asyncio.wait([work])
             raise
-        except (ValueError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # the engine is a stranger here: whatever it raises is the model's failure
+            if {"tokens", "limit"} <= vars(
+                error
+            ).keys():  # rorqual.engine.ContextOverflow, which may not be imported
+                raise ContextFull(str(error)) from error
             raise ModelError(f"the engine failed: {type(error).__name__}: {error}") from error
         if self._read_metrics is not None:
-            sampler.metrics.update(self._read_metrics(len(prompt) + len(sampler.ids)))
+            sampler.metrics.update(self._read_metrics())
         return sampler
 
 
