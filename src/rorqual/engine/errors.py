@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["ContextOverflow", "EngineError", "PromptError", "SequenceFileError"]
 
 
-class EngineError(Exception):
+class EngineError(RuntimeError):
     """Base of everything this room raises on bad input."""
 
 

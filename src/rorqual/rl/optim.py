@@ -23,6 +23,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class OptimConfig:
     """Learning rates and decay; both optimizers follow one schedule factor."""
 
+    use_muon: bool = True
+    """False: AdamW for everything, as RL does."""
     muon_lr: float = 1e-2
     adam_lr: float = 3e-3
     weight_decay: float = 0.01
@@ -88,7 +90,8 @@ class Optimizers:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 plain = name in ("embed.weight", "head.weight") or name.endswith((".ape", ".fn"))
-                (rest if parameter.dim() < 2 or plain else matrices).append(parameter)
+                vector = parameter.dim() < 2 or plain or not config.use_muon
+                (rest if vector else matrices).append(parameter)
         self.config = config
         self.params = [*matrices, *rest]
         self.muon = Muon(
@@ -100,18 +103,37 @@ class Optimizers:
         """One step at `factor` times the base learning rates, then clears gradients; returns the gradient norm."""
         limit = self.config.clip_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.params, limit))
-        for optimizer, base in ((self.muon, self.config.muon_lr), (self.adam, self.config.adam_lr)):
+        for optimizer, base in self._pairs():
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        """State of both."""
-        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+    def _pairs(self) -> list[tuple[torch.optim.Optimizer, float]]:
+        pairs: list[tuple[torch.optim.Optimizer, float]] = [(self.adam, self.config.adam_lr)]
+        return pairs if self.muon is None else [(self.muon, self.config.muon_lr), *pairs]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors: `muon.N.momentum`, `adam.N.exp_avg` and so on."""
+        out = {}
+        for optimizer, _ in self._pairs():
+            kind = "muon" if optimizer is self.muon else "adam"
+            for number, parameter in enumerate(optimizer.param_groups[0]["params"]):
+                for name, value in optimizer.state.get(parameter, {}).items():
+                    out[f"{kind}.{number}.{name}"] = (
+                        value if isinstance(value, Tensor) else torch.tensor(value)
+                    )
+        return out
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of `tensors`. Raises KeyError or ValueError for names that fit no parameter."""
+        for key, value in tensors.items():
+            kind, number, name = key.split(".")
+            optimizer = self.adam if kind == "adam" else self.muon
+            if optimizer is None:
+                raise ValueError(f"{key}: this run has no Muon")
+            parameter = optimizer.param_groups[0]["params"][int(number)]
+            if value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{key} has shape {list(value.shape)}, expected {list(parameter.shape)}")
+            optimizer.state[parameter][name] = value.clone()
