@@ -401,7 +401,11 @@ async def test_a_fork_storm_is_put_down(client: GuestClient) -> None:
 
 async def test_a_signal_reaches_the_whole_group(client: GuestClient) -> None:
     process = await client.start(
-        ["sh", "-c", "trap 'echo caught; exit 7' TERM; echo ready; while :; do sleep 0.05; done"]
+        [
+            "sh",
+            "-c",
+            "exec 2>/dev/null; trap 'echo caught; exit 7' TERM; echo ready; while :; do sleep 0.05; done",
+        ]
     )
     events = process.events()
     assert await anext(events) == ("stdout", b"ready\n")
@@ -428,6 +432,34 @@ async def test_stopping_the_agent_leaves_no_process(binary: Path, tmp_path: Path
         with pytest.raises(GuestGone):
             await client.list()
     await until(lambda: not alive(int(out)) and not alive(running.pid))
+
+
+async def test_as_pid_1_it_reaps_and_heeds_only_the_host(binary: Path, tmp_path: Path) -> None:
+    unshare = ["unshare", "--fork", "--kill-child", "--pid", "--mount-proc"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this host does not let us make a PID namespace (needs root)")
+    process = subprocess.Popen([*unshare, binary, "--socket", tmp_path / "s"])
+    try:
+        async with await GuestClient.connect(tmp_path / "s") as client:
+            assert client.info.pid == 1
+            await sh(
+                client,
+                "kill -TERM 1; kill -KILL 1; kill -STOP 1; (exit 0 & exit 0) & (setsid sh -c 'exit 3' &)",
+            )
+            escaped = "env -i setsid sh -c 'sleep 1000 &'; sleep 1000"
+            assert (await sh(client, escaped, timeout=0.3))[2].timed_out
+            processes = "cat /proc/[0-9]*/stat | grep -v -e '(cat)' -e '(grep)' -e '(sh)' -e '(rorqual-guest'"
+            async with asyncio.timeout(20):
+                while (left := (await sh(client, processes))[0]) != b"":
+                    await asyncio.sleep(0.02)
+            assert not left
+            await client.start(["sleep", "1000"])
+            [agent_pid] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(agent_pid), signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 # --- reattach ---
