@@ -119,7 +119,7 @@ def test_lone_surrogates_become_replacement_characters(tokenizer):
     assert tokenizer.decode(tokenizer.encode_text("a\ud800b")) == "a\ufffdb"
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(steps=agent_turns(texts=hostile_texts), mode=st.sampled_from(["thinking", "chat"]))
 def test_ids_only_grow_and_a_bridge_extends_them(tokenizer, steps, mode):
     messages, before, calls = [], None, []

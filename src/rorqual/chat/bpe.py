@@ -14,7 +14,7 @@ from itertools import groupby
 from .errors import TokenizerError
 from .profile import SPECIAL_TOKENS
 from .segments import Segment
-from .tokenizer import Tokenizer, _tokenizers
+from .tokenizer import Tokenizer, tokenizers_library
 
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 
@@ -30,7 +30,7 @@ def train_bpe(corpus: Iterable[Sequence[Segment]], *, vocab_size: int) -> Tokeni
             f"vocab_size {vocab_size} is too small: {SMALLEST_VOCAB} or more"
             f" (256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
-    library = _tokenizers()
+    library = tokenizers_library()
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.Sequence(
         [

@@ -125,7 +125,7 @@ class Machine:
         if self._state in "RC":
             self.unclosed_reasoning = self._state == "R"
             if MARK_DSML in rest:
-                self._diagnose("cut_start_tag", "the completion ends inside a start tag")
+                self.diagnose("cut_start_tag", "the completion ends inside a start tag")
                 self.cut = True
             else:
                 self._text(rest + tail)
@@ -140,7 +140,8 @@ class Machine:
 
     # --- emitting
 
-    def _diagnose(self, kind: str, detail: str, *, index: int | None = None) -> None:
+    def diagnose(self, kind: str, detail: str, *, index: int | None = None) -> None:
+        """Reports a repair."""
         self._emit(Event("diagnostic", kind, index, detail=detail))
 
     def _text(self, text: str) -> None:
@@ -159,7 +160,7 @@ class Machine:
 
     def _eos(self, at: int, kind: str = "", detail: str = "") -> bool:
         if kind:
-            self._diagnose(kind, detail)
+            self.diagnose(kind, detail)
         self.saw_eos = True
         self._state, self._pos = "Z", at + 1
         return True
@@ -195,14 +196,14 @@ class Machine:
         if mark == MARK_EOS:
             if self._state == "R":
                 self.unclosed_reasoning = True
-                self._diagnose("unclosed_reasoning", "the completion ended before </think>")
+                self.diagnose("unclosed_reasoning", "the completion ended before </think>")
             return self._eos(at)
         if mark == MARK_THINK_END and self._state == "R":
             self._end_reasoning()
         elif mark == MARK_THINK and not self._last:
-            self._diagnose("echoed_think", "<think> at the start of the completion was swallowed")
+            self.diagnose("echoed_think", "<think> at the start of the completion was swallowed")
         else:
-            self._diagnose("stray_special", f"{self._marks.unmark(mark)} was removed from {self._channel}")
+            self.diagnose("stray_special", f"{self._marks.unmark(mark)} was removed from {self._channel}")
             self._gap()
         return True
 
@@ -242,7 +243,7 @@ class Machine:
             self._pos = at + 1
             return True
         self._text(buf[i:start])
-        self._diagnose("markup_in_text", f"markup that is no call was found in {self._channel}")
+        self.diagnose("markup_in_text", f"markup that is no call was found in {self._channel}")
         self._pos = at + 1
         if self._escape:
             self._text(buf[start:at] + "|DSML|")
@@ -254,14 +255,14 @@ class Machine:
 
     def _open_block(self, newlines: int, orphan: bool) -> None:
         if self._state == "R":
-            self._diagnose("call_in_reasoning", "a call stands before </think>")
+            self.diagnose("call_in_reasoning", "a call stands before </think>")
             self._end_reasoning()
         if orphan:
-            self._diagnose("orphan_invoke", "a call stands outside a block")
+            self.diagnose("orphan_invoke", "a call stands outside a block")
         elif newlines != 2:
-            self._diagnose("separator", f"{newlines} newlines before the block instead of 2")
+            self.diagnose("separator", f"{newlines} newlines before the block instead of 2")
         if not self._exact:
-            self._diagnose("alias_markup", "the block's tags are misspelled")
+            self.diagnose("alias_markup", "the block's tags are misspelled")
         self._state, self._reported = "B", False
         self._blocks += 1
 
@@ -350,7 +351,7 @@ class Machine:
         match = _TAG_STOP.search(self._buf, self._pos)
         at = match.start() if match else len(self._buf)
         if not self._reported and visible(self._buf, self._pos) < at:
-            self._diagnose(kind, detail)
+            self.diagnose(kind, detail)
             self._reported = True
         self._pos = at
         return at if match else -1
@@ -373,7 +374,7 @@ class Machine:
             if in_call:
                 return self._malformed("text instead of a parameter or a closing tag")
             if not self._reported:
-                self._diagnose("prose_in_block", "text between calls was dropped")
+                self.diagnose("prose_in_block", "text between calls was dropped")
                 self._reported = True
             self._pos = at + 1
             return True
@@ -385,9 +386,7 @@ class Machine:
                 self._calls.implicit_end()
             self._state, self._reported = "B", False
             if header == NO:
-                self._diagnose(
-                    "bad_invoke_header", "a tool name runs over a line break, is empty or too long"
-                )
+                self.diagnose("bad_invoke_header", "a tool name runs over a line break, is empty or too long")
                 self._reported = True
                 self._pos = end
             else:
@@ -416,11 +415,11 @@ class Machine:
         if end == MORE:
             return False
         if end >= 0:
-            self._diagnose("second_block", "a second block of calls")
+            self.diagnose("second_block", "a second block of calls")
             self._state, self._pos, self._reported = "B", end, False
             return True
         if not self._reported:
-            self._diagnose("text_after_calls", "text after the block was dropped")
+            self.diagnose("text_after_calls", "text after the block was dropped")
             self._reported = True
         self._pos = at + 1
         return True
@@ -486,7 +485,7 @@ class Machine:
             return self._eos(at)
         else:
             if diagnostic:
-                self._diagnose(diagnostic, "a parameter was not closed", index=self._calls.index)
+                self.diagnose(diagnostic, "a parameter was not closed", index=self._calls.index)
             self._calls.value_end()
             self._state, self._pos = "I", verdict
         return True

@@ -158,7 +158,8 @@ class CallText:
     parameters: tuple[tuple[str, Any], ...]
 
 
-def _refuse_constant(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
+    """For json.loads: NaN and Infinity are not JSON."""
     raise ValueError(f"{name} is not JSON")
 
 
@@ -188,7 +189,7 @@ def _read_arguments(arguments: Any, *, index: int) -> Mapping[str, Any]:
     if not isinstance(arguments, str):
         return {"arguments": arguments}
     try:
-        value = json.loads(arguments, parse_constant=_refuse_constant)
+        value = json.loads(arguments, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return {"arguments": arguments}
     return value if isinstance(value, dict) else {"arguments": value}

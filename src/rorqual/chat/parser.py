@@ -95,7 +95,7 @@ class StreamParser:
         machine.finish(self._text_marks.finish() if self._text_marks is not None else "")
         done = self._collected
         if not (done.reasoning or done.content or done.calls):
-            machine._diagnose("empty", "the completion has neither reasoning nor content nor calls")
+            machine.diagnose("empty", "the completion has neither reasoning nor content nor calls")
         if machine.cut or (finish_reason == "length" and not machine.saw_eos):
             reason = "length"
         else:

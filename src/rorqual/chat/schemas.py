@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ChatError
-from .messages import _refuse_constant
+from .messages import refuse_constant
 
 _JSON_TYPES = {"string", "number", "integer", "boolean", "array", "object", "null"}
 
@@ -50,7 +50,7 @@ class ToolSchemas:
 def json_type(text: str) -> str | None:
     """JSON type of a text, None if it is not JSON. Linear, whatever the size of its numbers."""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant, parse_int=_number, parse_float=_number)
+        value = json.loads(text, parse_constant=refuse_constant, parse_int=_number, parse_float=_number)
     except (ValueError, RecursionError):
         return None
     if isinstance(value, dict):

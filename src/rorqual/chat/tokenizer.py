@@ -24,7 +24,8 @@ from .segments import Segment
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _tokenizers() -> Any:
+def tokenizers_library() -> Any:
+    """The `tokenizers` package. Raises TokenizerError naming the command if it is not installed."""
     try:
         import tokenizers  # here, not on top: heavy and optional
     except ImportError:
@@ -59,7 +60,7 @@ class Tokenizer:
     def __init__(self, serialized: str, *, name: str = "tokenizer") -> None:
         """serialized: a tokenizer.json as text. Raises TokenizerError if a string the format uses is not one
         token, or if the vocabulary is not byte-level."""
-        library = _tokenizers()
+        library = tokenizers_library()
         try:
             spec = json.loads(serialized)
             full = library.Tokenizer.from_str(serialized)
