@@ -1,4 +1,4 @@
-# ruff: noqa: ASYNC110, ASYNC220, ASYNC230, ASYNC240 - tests wait for conditions and look at local files
+# ruff: noqa: ASYNC110, ASYNC220, ASYNC221, ASYNC230, ASYNC240 - tests wait for conditions and look at local files
 """The guest agent, for real: built from native/guest, run on a Unix socket, driven by GuestClient."""
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Agent:
         )
 
     def rss_kib(self) -> int:
+        if os.environ.get("RORQUAL_GUEST_TARGET") == "asan":
+            pytest.skip("the address sanitizer holds freed memory back: sizes say nothing")
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(text.partition("VmRSS:")[2].split()[0])
 
@@ -380,17 +382,18 @@ async def test_kill_reaches_what_outlived_the_command(client: GuestClient) -> No
 
 
 async def test_a_fork_storm_is_put_down(client: GuestClient) -> None:
-    script = (
+    storm = (
         "spawn() { while :; do setsid sh -c 'sleep 1000' & sleep 0.01; done; }; spawn & spawn & spawn; wait"
     )
-    process = await client.start(["sh", "-c", script], timeout=0.6)
-    await process.wait()
+    out, _, end = await sh(client, f"echo $RORQUAL_CMD; {storm}", timeout=0.6)
+    assert end.timed_out
+    mark = b"RORQUAL_CMD=" + out.strip()
 
     def members() -> list[int]:
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if b"RORQUAL_CMD=" in (entry / "environ").read_bytes() and alive(int(entry.name)):
+                if mark in (entry / "environ").read_bytes() and alive(int(entry.name)):
                     found.append(int(entry.name))
             except OSError:
                 continue
