@@ -338,6 +338,8 @@ def test_push_and_push_piece_do_not_mix_and_a_closed_parser_refuses_more():
 def test_bad_arguments_are_named():
     with pytest.raises(ChatError, match="thinking_mode"):
         StreamParser(thinking_mode="deep")
+    with pytest.raises(ChatError, match="thinking_mode"):
+        parse("x", thinking_mode="deep", strict=True)
     with pytest.raises(ChatError, match=r"tools\[0\]"):
         StreamParser(tools=[{"type": "function"}])
 

@@ -207,6 +207,8 @@ def parse(
     strict: behave as the official parser: raises ParseError at the first deviation.
     The other arguments are those of `StreamParser`.
     """
+    if thinking_mode not in ("thinking", "chat"):
+        raise ChatError(f"thinking_mode {thinking_mode!r}: use 'thinking' or 'chat'")
     if strict:
         return parse_strict(completion_text, thinking=thinking_mode == "thinking", call_ids=call_ids)
     parser = StreamParser(thinking_mode=thinking_mode, tools=tools, options=options, call_ids=call_ids)
