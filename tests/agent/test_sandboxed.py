@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rorqual.agent import Agent, AgentResult, AsyncAgent, RemoteConfig, RemoteModel, project
+from rorqual.agent import Agent, AgentResult, AsyncAgent, RemoteConfig, RemoteModel, SetupError, project
 from rorqual.sandbox import AsyncSandbox, Sandbox, SandboxError
 
 from .scripted import Say, Step, serving, wait_until
@@ -87,17 +87,25 @@ async def test_files_and_commands_share_the_working_directory() -> None:
     assert start["sandbox"]["sandbox"].startswith("sb-")
 
 
+async def test_the_sync_agent_refuses_an_async_sandbox() -> None:
+    model = RemoteModel(RemoteConfig(url="http://localhost:1", model="m"))
+    async with await AsyncSandbox.create(timeout=60) as box:
+        with pytest.raises(SetupError, match=r"with an AsyncSandbox, await AsyncAgent\.run"):
+            Agent(model=model, sandbox=box).run("x")
+
+
 async def test_a_sandbox_that_ends_under_the_agent_ends_the_run_with_its_cause() -> None:
     with serving(Say(calls=[bash("sleep 100")])) as server:
         async with (
             RemoteModel(RemoteConfig(url=server.url, model="m")) as model,
             await AsyncSandbox.create(timeout=120) as box,
         ):
-            other = await AsyncSandbox.connect(box.id)
             run = asyncio.create_task(AsyncAgent(model=model, sandbox=box).run("x"))
-            while not await other.commands.list():  # noqa: ASYNC110 -- nothing tells when a command has begun
+            while not await box.commands.list():  # noqa: ASYNC110 -- nothing tells when a command has begun
                 await asyncio.sleep(0.02)
-            await other.kill()
+            kill = f"from rorqual.sandbox import Sandbox; Sandbox.connect({box.id!r}).kill()"
+            process = await asyncio.create_subprocess_exec(sys.executable, "-c", kill)
+            assert await process.wait() == 0
             result = await run
     assert result.outcome == "sandbox_error" and result.error is not None and "killed" in result.error
 

@@ -83,7 +83,7 @@ def run(
     result = run_async(_work(task, chat_model, mount, sandbox_options, agent_options, quiet=quiet))
     if as_json:
         write_json(to_json(result))
-    elif result.answer is not None and not (sys.stdout.isatty() and not quiet):
+    elif result.answer is not None and (quiet or not (sys.stdout.isatty() and sys.stderr.isatty())):
         sys.stdout.write(result.answer + "\n")
     if result.error and (quiet or result.outcome in ("model_error", "sandbox_error")):
         sys.stderr.write(f"rorqual: {result.error}\n")

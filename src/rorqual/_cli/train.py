@@ -76,10 +76,11 @@ def sft(
 
     _prepare(out, fresh=fresh)
     saves.torch_threads(threads)
-    given = {"steps": steps, "batch_tokens": batch_tokens}
-    config = SFTConfig(
-        style=style, seed=seed, **{name: value for name, value in given.items() if value is not None}
-    )
+    config = SFTConfig(style=style, seed=seed)
+    if steps is not None:
+        config = dataclasses.replace(config, steps=steps)
+    if batch_tokens is not None:
+        config = dataclasses.replace(config, batch_tokens=batch_tokens)
     last: dict[str, Any] = {}
     with _bar(Console(stderr=True)) as progress:
         bar = progress.add_task("sft", total=config.steps, note="")

@@ -76,6 +76,11 @@ class SandboxEnvironment:
         self._sandbox = sandbox
         self._sync = not inspect.iscoroutinefunction(sandbox.commands.run)
 
+    @property
+    def needs_loop(self) -> bool:
+        """The sandbox is an `AsyncSandbox`: it belongs to the event loop that made it."""
+        return not self._sync
+
     async def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             if self._sync:

@@ -457,6 +457,8 @@ class Agent(_Core):
     def run(self, task: str, *, run_id: str | None = None) -> AgentResult:
         """Work on `task` until the end; see `AsyncAgent.run`. Ctrl-C writes `run.end(interrupted)`, ends the
         sandbox if a command is in flight, and raises KeyboardInterrupt."""
+        if getattr(self.environment, "needs_loop", False):
+            raise SetupError("Agent.run needs a Sandbox: with an AsyncSandbox, await AsyncAgent.run")
         try:
             asyncio.get_running_loop()
         except RuntimeError:
