@@ -36,7 +36,8 @@ def leftovers(state: StateDir) -> list[str]:
 def _ours(cgroup: Path, state: StateDir) -> bool:
     """Other engineers and tests may run sandboxes on this host: only empty or own cgroups count."""
     return not any(
-        (run / "sandboxes" / cgroup.name.removeprefix("rorqual-")).exists() for run in state.run.parent.iterdir()
+        (run / "sandboxes" / cgroup.name.removeprefix("rorqual-")).exists()
+        for run in state.run.parent.iterdir()
     )
 
 

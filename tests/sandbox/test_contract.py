@@ -1,5 +1,7 @@
 """What every substrate promises. A later substrate joins by adding its name to SUBSTRATES_UNDER_TEST."""
 
+# ruff: noqa: ASYNC110 -- tests wait for conditions of another process; their files are small
+
 from __future__ import annotations
 
 import asyncio
@@ -7,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -312,7 +315,7 @@ async def test_every_step_is_in_the_trajectory_in_order_with_its_result(sb: Asyn
 
 async def test_what_a_substrate_cannot_do_is_refused_by_name(sb: AsyncSandbox, kind: str) -> None:
     for call in (sb.pause, sb.resume, sb.snapshot, sb.fork):
-        with pytest.raises(Unsupported, match="Available: .*commands"):
+        with pytest.raises(Unsupported, match=r"Available: .*commands"):
             await call()
     with pytest.raises(Unsupported, match="offline"):
         await AsyncSandbox.create(substrate=kind, network="pypi")
@@ -320,10 +323,8 @@ async def test_what_a_substrate_cannot_do_is_refused_by_name(sb: AsyncSandbox, k
         await AsyncSandbox.create(substrate=kind, require=["commands", "memory_snapshot"])
 
 
-async def test_mounts_show_host_files_and_only_writable_ones_change(kind: str, tmp_path: object) -> None:
-    from pathlib import Path
-
-    host = Path(str(tmp_path))
+async def test_mounts_show_host_files_and_only_writable_ones_change(kind: str, tmp_path: Path) -> None:
+    host = tmp_path
     (host / "in").mkdir()
     (host / "out").mkdir()
     (host / "in" / "a").write_text("host")

@@ -48,7 +48,9 @@ def tar(entries: list[Entry]) -> bytes:
     return out.getvalue()
 
 
-def layout(place: Path, layers: list[bytes], *, spoil: Callable[[dict[str, Any]], None] | None = None) -> Path:
+def layout(
+    place: Path, layers: list[bytes], *, spoil: Callable[[dict[str, Any]], None] | None = None
+) -> Path:
     """An OCI image layout written by hand, from the image specification."""
     blobs = place / "blobs/sha256"
     blobs.mkdir(parents=True)
@@ -62,7 +64,10 @@ def layout(place: Path, layers: list[bytes], *, spoil: Callable[[dict[str, Any]]
         "architecture": ARCH,
         "os": "linux",
         "config": {"Env": ["PATH=/opt/bin:/bin:/usr/bin", "GREETING=hello"]},
-        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]},
+        "rootfs": {
+            "type": "layers",
+            "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers],
+        },
     }
     parts: dict[str, Any] = {"config": config}
     if spoil is not None:
@@ -76,7 +81,11 @@ def layout(place: Path, layers: list[bytes], *, spoil: Callable[[dict[str, Any]]
     }
     if "manifest" in parts:
         parts["manifest"](manifest, blobs)
-    index = {"manifests": [{**put(json.dumps(manifest).encode()), "platform": {"architecture": ARCH, "os": "linux"}}]}
+    index = {
+        "manifests": [
+            {**put(json.dumps(manifest).encode()), "platform": {"architecture": ARCH, "os": "linux"}}
+        ]
+    }
     (place / "index.json").write_text(json.dumps(index))
     (place / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
     return place
@@ -103,7 +112,16 @@ def rootfs(state: StateDir, name: str) -> Path:
 async def test_an_imported_image_runs_with_its_variables_and_its_whiteouts(
     runtime: str, state: StateDir, tmp_path: Path
 ) -> None:
-    first = tar([*busybox(), folder("data"), file("data/old", b"1"), file("data/kept", b"2"), folder("opq"), file("opq/x", b"")])
+    first = tar(
+        [
+            *busybox(),
+            folder("data"),
+            file("data/old", b"1"),
+            file("data/kept", b"2"),
+            folder("opq"),
+            file("opq/x", b""),
+        ]
+    )
     second = tar([file("data/.wh.old"), file("opq/y", b""), file("opq/.wh..wh..opq"), file("data/new", b"3")])
     path = layout(tmp_path / "image", [first, second])
     archive = tmp_path / "image.tar"
@@ -294,7 +312,9 @@ async def test_a_debian_image_is_built_and_runs(runtime: str) -> None:
     assert info.size_bytes
     try:
         async with await AsyncSandbox.create(image="debian-test") as sb:
-            result = await sb.commands.run("cat /etc/debian_version; busybox echo hi; id -un; stat -c %U /usr/bin")
+            result = await sb.commands.run(
+                "cat /etc/debian_version; busybox echo hi; id -un; stat -c %U /usr/bin"
+            )
             assert result.exit_code == 0 and result.stdout.endswith("hi\nuser\nroot\n")
     finally:
         remove_image("debian-test")

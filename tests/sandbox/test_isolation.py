@@ -13,7 +13,6 @@ from rorqual.sandbox import Sandbox
 from rorqual.sandbox.host import plan
 
 
-
 @pytest.fixture(scope="module")
 def box(runtime: str) -> Iterator[Sandbox]:
     with Sandbox.create() as sandbox:
@@ -39,7 +38,15 @@ def python(box: Sandbox, user: str, code: str) -> str:
 
 @pytest.mark.parametrize("user", USERS)
 def test_host_directories_are_not_there(box: Sandbox, user: str) -> None:
-    for path in ("/work", "/root/.bash_history", "/home/cloudsdk", "/etc/shadow", "/boot/vmlinuz", "/mnt/bundle", "/mnt/disk"):
+    for path in (
+        "/work",
+        "/root/.bash_history",
+        "/home/cloudsdk",
+        "/etc/shadow",
+        "/boot/vmlinuz",
+        "/mnt/bundle",
+        "/mnt/disk",
+    ):
         assert (box.commands.run(["test", "-e", path], user=user)).exit_code == 1, path
     listing = (box.commands.run("ls -A / /tmp /var/log /opt /srv", user=user)).stdout
     assert ".dockerenv" not in listing and "farm" not in listing
@@ -50,7 +57,9 @@ def test_the_mount_table_names_no_host_path_that_can_be_used(box: Sandbox, user:
     text = (box.commands.run("cat /proc/self/mountinfo", user=user)).stdout
     for line in text.splitlines():
         point = line.split()[4]
-        assert point == "/" or point.startswith(("/usr", "/bin", "/lib", "/sbin", "/proc", "/dev", "/sys", "/.rorqual")), line
+        assert point == "/" or point.startswith(
+            ("/usr", "/bin", "/lib", "/sbin", "/proc", "/dev", "/sys", "/.rorqual")
+        ), line
 
 
 @pytest.mark.parametrize("user", USERS)
@@ -72,7 +81,9 @@ def test_kernel_files_cannot_be_written(box: Sandbox, user: str, path: str) -> N
 
 
 @pytest.mark.parametrize("user", USERS)
-@pytest.mark.parametrize("path", ["/proc/kcore", "/proc/keys", "/proc/kallsyms", "/proc/kpagecgroup", "/proc/kmsg"])
+@pytest.mark.parametrize(
+    "path", ["/proc/kcore", "/proc/keys", "/proc/kallsyms", "/proc/kpagecgroup", "/proc/kmsg"]
+)
 def test_masked_files_are_empty(box: Sandbox, user: str, path: str) -> None:
     result = box.commands.run(f"head -c 16 {path} | wc -c", user=user)
     assert result.stdout.strip() == "0"
@@ -123,7 +134,8 @@ for name, number, args in [("bpf", 321, (0, 0, 0)), ("io_uring_setup", 425, (1, 
     result = call(number, *args)
     if result not in (-1, -38): print(name, result)
 for domain in (17, 38, 40, 31):
-    try: socket.socket(domain, socket.SOCK_RAW if domain == 17 else socket.SOCK_SEQPACKET if domain == 38 else socket.SOCK_STREAM); print("socket", domain)
+    kind = {17: socket.SOCK_RAW, 38: socket.SOCK_SEQPACKET}.get(domain, socket.SOCK_STREAM)
+    try: socket.socket(domain, kind); print("socket", domain)
     except OSError: pass
 flags = 0x10000000 | 17
 if call(56, flags, 0, 0, 0, 0) not in (-1, -38): print("clone(NEWUSER)")

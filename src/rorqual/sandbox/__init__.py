@@ -18,6 +18,7 @@ from rorqual.sandbox._guest import PtySize
 from rorqual.sandbox._sync.commands import CommandHandle
 from rorqual.sandbox._sync.pty import PtyHandle
 from rorqual.sandbox._sync.sandbox import Sandbox
+from rorqual.sandbox.doctor import doctor
 from rorqual.sandbox.errors import (
     CommandNotFound,
     GuestError,
@@ -66,9 +67,9 @@ __all__ = [
     "InvalidRequest",
     "LaunchFailed",
     "Mount",
+    "Pruned",
     "PtyHandle",
     "PtySize",
-    "Pruned",
     "Sandbox",
     "SandboxEnded",
     "SandboxError",
@@ -77,5 +78,6 @@ __all__ = [
     "TrajectoryEntry",
     "TrajectoryError",
     "Unsupported",
+    "doctor",
     "prune",
 ]

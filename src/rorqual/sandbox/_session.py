@@ -51,7 +51,12 @@ class Session:
     def _on_ended(self, cause: str, detail: str) -> None:
         self.ended = (cause, detail)
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self.over.set)
+            self._loop.call_soon_threadsafe(self._finish)
+
+    def _finish(self) -> None:
+        """Wakes whoever waits. A dead keeper leaves the agent running: hang up, so that nobody waits for it."""
+        self.over.set()
+        self.spawn(self._loop.create_task(self.guest.close()))
 
     def end_error(self) -> SandboxEnded:
         cause, detail = self.ended or ("infra", "the keeper gave no cause")

@@ -103,21 +103,24 @@ def oci_config(
             "cwd": "/",
             "noNewPrivileges": True,
             "capabilities": {kind: list(CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
-            "rlimits": rlimits(spec, has_cgroups=has_cgroups),
+            "rlimits": rlimits(),
         },
         "mounts": mounts(),
         "linux": linux,
     }
 
 
-def rlimits(spec: SandboxSpec, *, has_cgroups: bool) -> list[dict[str, Any]]:
-    """Open files and core dumps always; address space and processes where no cgroup holds them."""
+def rlimits() -> list[dict[str, Any]]:
+    """Open files and core dumps. Where no cgroup holds memory and processes: see `late_rlimits`."""
     _, files_hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 65536 if files_hard == resource.RLIM_INFINITY else min(65536, files_hard)
     limits = [("RLIMIT_NOFILE", files), ("RLIMIT_CORE", 0)]
-    if not has_cgroups:
-        limits += [("RLIMIT_AS", spec.memory_mb << 20), ("RLIMIT_NPROC", spec.pids)]
     return [{"type": name, "soft": value, "hard": value} for name, value in limits]
+
+
+def late_rlimits(spec: SandboxSpec, *, has_cgroups: bool) -> dict[str, int]:
+    """What the keeper sets on the agent once it runs: runc itself does not start under a small address space."""
+    return {} if has_cgroups else {"RLIMIT_AS": spec.memory_mb << 20, "RLIMIT_NPROC": spec.pids}
 
 
 def mounts() -> list[dict[str, Any]]:

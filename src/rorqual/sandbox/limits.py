@@ -46,6 +46,8 @@ class SandboxSpec:
     workdir: str | None = None
     """Default working directory; None is the user's home."""
     mounts: Sequence[Mount] = ()
+    runtime: str = ""
+    """'crun' or 'runc'; empty: whichever works here, crun first."""
     user: str = ""
     """Default user of commands and files: `user` (uid 1000) or `root` (of the sandbox, not of the host).
     Empty: `user` where the host has ids for two, else `root`."""

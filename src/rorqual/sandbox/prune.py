@@ -99,8 +99,10 @@ def _read(place: Path) -> dict[str, Any] | None:
 
 
 def _start_time(pid: int) -> str:
+    """When the process started, in the kernel's ticks; '' when it is gone (a zombie is)."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         return ""
 

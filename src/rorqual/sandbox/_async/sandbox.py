@@ -88,6 +88,7 @@ class AsyncSandbox:
         workdir: str | None = None,
         mounts: Sequence[Mount | Mapping[str, Any]] | Mapping[str, str] = (),
         user: str = "",
+        runtime: str = "",
         metadata: Mapping[str, str] | None = None,
         require: Sequence[str] = (),
         keep: bool = False,
@@ -99,7 +100,8 @@ class AsyncSandbox:
         counted in memory_mb as it fills, disk_mb=None puts it on the host's disk, unlimited. user: default
         user inside ('user' or 'root'; '' is 'user' where the host can give two ids). mounts: host paths shown
         inside. require: capabilities it must have. keep: outlive this process. trajectory: the log's file, by
-        default the state directory's. Fields and defaults: limits.SandboxSpec.
+        default the state directory's.
+        runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
 
         Raises:
             InvalidRequest: an argument is wrong.
@@ -121,6 +123,7 @@ class AsyncSandbox:
             workdir=workdir,
             mounts=parse_mounts(mounts),
             user=user,
+            runtime=runtime,
             metadata=dict(metadata or {}),
             keep=keep,
         )

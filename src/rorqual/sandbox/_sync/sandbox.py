@@ -55,6 +55,7 @@ class Sandbox:
         workdir: str | None = None,
         mounts: Sequence[Mount | Mapping[str, Any]] | Mapping[str, str] = (),
         user: str = "",
+        runtime: str = "",
         metadata: Mapping[str, str] | None = None,
         require: Sequence[str] = (),
         keep: bool = False,
@@ -66,7 +67,8 @@ class Sandbox:
         counted in memory_mb as it fills, disk_mb=None puts it on the host's disk, unlimited. user: default
         user inside ('user' or 'root'; '' is 'user' where the host can give two ids). mounts: host paths shown
         inside. require: capabilities it must have. keep: outlive this process. trajectory: the log's file, by
-        default the state directory's. Fields and defaults: limits.SandboxSpec.
+        default the state directory's.
+        runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
 
         Raises:
             InvalidRequest: an argument is wrong.
@@ -90,6 +92,7 @@ class Sandbox:
                     workdir=workdir,
                     mounts=mounts,
                     user=user,
+                    runtime=runtime,
                     metadata=metadata,
                     require=require,
                     keep=keep,

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from rorqual.sandbox import prune
 from rorqual.sandbox.errors import HostUnfit, SandboxError
 from rorqual.sandbox.state import StateDir
 
@@ -48,7 +49,14 @@ class KeeperDied(SandboxError):
 class KeeperClient:
     """A connection to one keeper: our own (`start`) or another client's (`join`)."""
 
-    def __init__(self, sock: socket.socket, directory: Path, process: subprocess.Popen[bytes] | None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        directory: Path,
+        process: subprocess.Popen[bytes] | None,
+        *,
+        on_death: Callable[[], object] | None = None,
+    ) -> None:
         self.directory = directory
         self._sock = sock
         self._process = process
@@ -59,6 +67,8 @@ class KeeperClient:
         self._over: dict[str, tuple[str, str]] = {}
         self.dead = False
         self.keeps = False
+        self._closing = False
+        self._on_death = on_death
         self._thread = threading.Thread(target=self._read, name="rorqual-keeper", daemon=True)
         self._thread.start()
 
@@ -93,7 +103,7 @@ class KeeperClient:
             raise HostUnfit(
                 f"the sandbox keeper did not start: {text.splitlines()[-1] if text else 'no message'}"
             )
-        return cls(ours, directory, process)
+        return cls(ours, directory, process, on_death=lambda: prune.reap(state))
 
     @classmethod
     def join(cls, directory: Path) -> KeeperClient:
@@ -166,6 +176,8 @@ class KeeperClient:
         if self._process is not None:
             with contextlib.suppress(ChildProcessError):
                 self._process.wait()
+        if self._on_death is not None and not self._closing:
+            self._on_death()  # it was killed: what it kept is reaped here, not at the next start
 
     def _dispatch(self, document: dict[str, Any]) -> None:
         if document.get("event") == "ended":
@@ -187,6 +199,7 @@ class KeeperClient:
     def close(self) -> None:
         """Lets go of the keeper. It ends the sandboxes that are not kept, then itself; waits for that up to
         10 s."""
+        self._closing = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self._thread:

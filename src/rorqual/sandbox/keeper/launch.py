@@ -122,8 +122,10 @@ def _mounts(order: dict[str, Any], idmaps: Idmaps | None) -> None:
     for path in order["hide"]:
         # crun takes a hybrid host for pure cgroup v2 when /sys/fs/cgroup/unified is mounted (spec/sandbox.md,
         # 0).
-        with contextlib.suppress(OSError):
+        try:
             linux.umount(path)
+        except OSError:  # rootless: the host's mounts are locked, but may be covered
+            linux.mount("tmpfs", os.path.dirname(path), fstype="tmpfs", data="size=4k,mode=755")
     disk_mb = order["disk_mb"]
     linux.mount(
         "tmpfs", STAGE, fstype="tmpfs", flags=linux.MS_NODEV | linux.MS_NOSUID, data="size=4m,mode=755"
@@ -181,6 +183,8 @@ def run(order: dict[str, Any], *, idmaps: Idmaps | None) -> None:
         os.dup2(errors, 2)
         if order["disk_mb"] is None:
             os.mkdir(order["disk_dir"], 0o755)
+        # Made here, so that a rootless runtime, which is another user, does not make it unreadable to the keeper.
+        os.close(os.open(directory + "/init.pid", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
         stage = "agent socket"
         listener = listen(directory, "guest.sock")
         if order["userns"]:

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import selectors
 import shutil
 import signal
@@ -237,7 +238,12 @@ class Keeper:
                 raise OSError(f"exit status {os.waitstatus_to_exitcode(status)}")
             with open(entry.directory + "/init.pid", encoding="ascii") as file:
                 entry.init_pid = int(file.read())
+            for name, value in entry.order["rlimits"].items():
+                # Allowed: we own the user namespace it runs in. Its commands inherit them.
+                resource.prlimit(entry.init_pid, getattr(resource, name), (value, value))
         except (OSError, ValueError) as error:
+            if entry.init_pid and entry.init_pid not in self.strays:
+                os.kill(entry.init_pid, signal.SIGKILL)
             if entry.asked_cause:
                 self.fail(entry, stage="killed", detail=entry.asked_detail or entry.asked_cause)
             else:
@@ -345,10 +351,18 @@ class Keeper:
 
 
 def remove_directory(directory: str, userns: dict[str, str] | None) -> None:
-    """Removes a sandbox's directory. Rootless, files of other container users need the same user
-    namespace."""
-    shutil.rmtree(directory, ignore_errors=True)
-    if not os.path.exists(directory) or userns is None:
+    """Removes a sandbox's directory. Rootless, files of other container users need the same user namespace.
+
+    Tried again for a moment: the last process of a runtime that was killed may still be writing its state.
+    """
+    for _ in range(20):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not os.path.exists(directory):
+            return
+        if userns is not None:
+            break
+        time.sleep(0.01)
+    else:
         return
     pid = os.fork()
     if pid == 0:

@@ -67,6 +67,13 @@ class Container:
                 available=NETWORKS,
             )
         plan = host.plan()
+        if spec.runtime:
+            names = [name for name, _ in plan.runtimes]
+            plan = plan.with_runtime(spec.runtime)
+            if not plan.runtimes:
+                raise Unsupported(
+                    f"runtime={spec.runtime!r}", reason="it is not on this host", available=names
+                )
         spec = _with_user(spec, plan)
         root = images.root_file_system(spec.image, state=state)
         guest = guest_binary()
@@ -268,6 +275,7 @@ def launch_order(
         "config": bundle.oci_config(
             spec, sandbox_id=sandbox_id, cgroup=cgroup, id_map=id_map, has_cgroups=plan.has_cgroups
         ),
+        "rlimits": bundle.late_rlimits(spec, has_cgroups=plan.has_cgroups),
         "runtime": [*command, sandbox_id],
         "env": {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": str(directory)},
         "record": {
