@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from agent.scripted import Fail, Say, serving, wait_until
 from rorqual.sandbox import AsyncSandbox, SandboxError
+from tests.agent.scripted import Fail, Say, serving, wait_until
 
 
 def bash(command: str) -> tuple[str, dict[str, str]]:
@@ -63,7 +63,9 @@ def model(server: Any, *more: str) -> list[str]:
 
 def test_help_and_version_name_the_commands(cli: Run) -> None:
     done = cli("--help")
-    assert done.returncode == 0 and all(name in done.stdout for name in ("run", "demo", "runs", "doctor"))
+    assert done.returncode == 0 and all(
+        name in done.stdout for name in ("run", "demo", "runs", "train", "eval", "cost", "doctor")
+    )
     assert re.fullmatch(r"rorqual \d+\.\d+\.\d+\n", cli("--version").stdout)
 
 
@@ -239,8 +241,8 @@ def test_doctor_tries_and_says(cli: Run) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("container")
 def test_the_demo_runs_a_real_model_even_an_untrained_one(cli: Run, tmp_path: Path) -> None:
-    from agent.scripted_engine import small_tokenizer
     from rorqual.model import Config, Model
+    from tests.agent.scripted_engine import small_tokenizer
 
     tokenizer = small_tokenizer()
     config = Config.preset("tiny").replace(vocab_size=tokenizer.vocab_size)
@@ -256,5 +258,6 @@ def test_the_demo_runs_a_real_model_even_an_untrained_one(cli: Run, tmp_path: Pa
         assert task["completion_tokens"] == 80 and 0 < task["kv_bytes"] < task["gqa8_bytes"]
         assert Path(task["log"]).is_file()
     assert "0 of 2 solved" in done.stderr and "--seed 3" in done.stderr and "✘ not solved" in done.stderr
-    again = json.loads(cli("demo", "--json", *options).stdout)
+    again = json.loads(cli("demo", "--json", "--svg", str(tmp_path / "demo.svg"), *options).stdout)
+    assert "0&#160;of&#160;2&#160;solved" in (tmp_path / "demo.svg").read_text()
     assert [task["prompt"] for task in again["tasks"]] == [task["prompt"] for task in report["tasks"]]

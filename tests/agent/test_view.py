@@ -38,7 +38,7 @@ def test_a_run_reads_from_task_to_verdict(tmp_path: Path) -> None:
     lines = [line.strip(" │") for line in text.splitlines()]
     order = ["Find it.", "┆ look", "$ echo hello; exit 2", "hello", "[exit 2]", "┆ ok", "▸ submit  7"]
     positions = [lines.index(line) for line in order]
-    assert positions == sorted(positions) and "task 1" in lines[0]
+    assert positions == sorted(positions) and "task 1" in lines[1]
     assert "● submitted  7" in lines and "✘ not solved  the answer is 9" in lines
     assert "KV cache 50.8 kB; GQA8-bf16 with the same layers: 7.28 MB (0.7%)" in lines
     assert f"{read_figures(events).completion_tokens} tokens" in text

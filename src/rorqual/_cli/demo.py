@@ -68,6 +68,7 @@ def demo(
     model_dir: Annotated[Path | None, typer.Option(help="Another model directory.")] = None,
     substrate: Annotated[str, typer.Option(help="Kind of sandbox.")] = "container",
     runs_dir: Annotated[Path | None, typer.Option(help="Where the event logs go.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Save a picture of the view here.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="The results as one JSON document on stdout.")
     ] = False,
@@ -80,7 +81,7 @@ def demo(
 
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     drawn = draw(seed, tasks, family=family, depth=depth)
-    console = progress()
+    console = progress(record=svg is not None)
     started = time.monotonic()
     model = open_embedded(
         model_dir or EMBEDDED_DIR, seed=seed, temperature=temperature, max_tokens=max_tokens
@@ -96,7 +97,10 @@ def demo(
     shown = run_async(
         _show_all(drawn, model, console, substrate=substrate, runs_dir=runs_dir or default_runs_dir())
     )
+    console.print()
     console.print(_summary(shown, seconds=time.monotonic() - started))
+    if svg is not None:
+        console.save_svg(str(svg), title="rorqual demo")
     if as_json:
         write_json({"seed": seed, "tasks": [_to_json(item) for item in shown]})
     broken = any(item.result.outcome in ("model_error", "sandbox_error") for item in shown)
@@ -159,7 +163,9 @@ async def _show(
     ) as sandbox:
         ready_ms = 1000 * (time.monotonic() - started)
         await families.setup(task, sandbox, WORKDIR)
-        with RunView(console, title=f"{title} · {substrate} ready in {ready_ms:.0f} ms") as view:
+        # A recorded console would keep every frame of the live region.
+        live = not console.record
+        with RunView(console, title=f"{title} · {substrate} ready in {ready_ms:.0f} ms", live=live) as view:
             agent = AsyncAgent(
                 model=model,
                 sandbox=sandbox,

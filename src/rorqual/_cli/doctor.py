@@ -43,7 +43,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Try what this host can do. Exit code 3 if the agent cannot run here."""
-    findings = [*_python(), *_cpu(), *run_async(_sandbox())]
+    findings = [*_python(), *_cpu(), *run_async(_sandbox()), *_host()]
     unfit = any(finding.needed and not finding.ok for finding in findings)
     if as_json:
         write_json({"ok": not unfit, "checks": [asdict(finding) for finding in findings]})
@@ -133,3 +133,10 @@ async def _sandbox() -> list[Finding]:
             needed=True,
         )
     ]
+
+
+def _host() -> list[Finding]:
+    """The parts a sandbox is made of, each tried by the sandbox room."""
+    from rorqual.sandbox.doctor import doctor as try_parts
+
+    return [Finding(name=check.name, ok=check.ok, detail=check.why, fix=check.fix) for check in try_parts()]

@@ -34,8 +34,11 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"{text} (`rorqual doctor` tells what this host can do)", UNFIT
     if isinstance(error, SetupError | InvalidRequest | ImageNotFound):
         return text, WRONG_USE
-    if isinstance(error, AgentError | SandboxError):
+    if isinstance(error, AgentError | SandboxError) or _is_ours(error):
         return text, FAILED
+    room = type(error).__module__.split(".")[:2]
+    if room in (["rorqual", "model"], ["rorqual", "engine"], ["rorqual", "rl"], ["rorqual", "chat"]):
+        return text, FAILED  # by name: these rooms load torch, which a command may not have needed
     if isinstance(error, ModuleNotFoundError) and error.name in (
         "torch",
         "safetensors",
@@ -48,3 +51,9 @@ def describe(error: BaseException) -> tuple[str, int]:
         return f"{where}{error.strerror}", FAILED
     kind = type(error).__name__
     return f"internal error: {kind}: {text} (set RORQUAL_DEBUG=1 for the traceback)", FAILED
+
+
+def _is_ours(error: BaseException) -> bool:
+    """An error that a room of ours raises on purpose: its text is written for the user."""
+    module = type(error).__module__.split(".")
+    return module[0] == "rorqual" and module[-1] == "errors"

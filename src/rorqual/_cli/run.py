@@ -85,7 +85,7 @@ def run(
         write_json(to_json(result))
     elif result.answer is not None and (quiet or not (sys.stdout.isatty() and sys.stderr.isatty())):
         sys.stdout.write(result.answer + "\n")
-    if result.error and (quiet or result.outcome in ("model_error", "sandbox_error")):
+    if result.error and quiet:  # the view has shown it
         sys.stderr.write(f"rorqual: {result.error}\n")
     raise typer.Exit(DONE if result.done else FAILED)
 

@@ -21,9 +21,9 @@ __all__ = ["default_runs_dir", "progress", "run_async", "write_json"]
 T = TypeVar("T")
 
 
-def progress() -> Console:
-    """Where people look: stderr."""
-    return Console(stderr=True, highlight=False, soft_wrap=False)
+def progress(*, record: bool = False) -> Console:
+    """Where people look: stderr. `record`: keep what is shown, for a picture."""
+    return Console(stderr=True, highlight=False, record=record)
 
 
 def write_json(document: Any) -> None:

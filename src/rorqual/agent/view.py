@@ -96,6 +96,7 @@ class RunView:
             for part in (start.get("model"), (start.get("sandbox") or {}).get("substrate"))
             if part
         )
+        self._print("")
         self._print(
             Panel(
                 Text(clean(data["text"].strip())),
