@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rorqual.sandbox import Sandbox, SandboxEnded, prune, trajectory
+from rorqual.sandbox import Sandbox, SandboxEnded, TrajectoryError, prune, trajectory
 from rorqual.sandbox.errors import HostUnfit
 from rorqual.sandbox.host import find_runtimes
 from rorqual.sandbox.keeper import cgroups
@@ -242,10 +242,10 @@ def test_a_full_state_disk_is_an_error_before_the_command(state: StateDir, tmp_p
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
     try:
-        with Sandbox.create(trajectory=small / "log.db") as sb:
-            with pytest.raises(Exception, match=r"trajectory log .*log\.db cannot be written"):
-                for _ in range(100):
-                    sb.commands.run("head -c 60000 /dev/urandom | base64")
+        refused = pytest.raises(TrajectoryError, match=r"log\.db cannot be written")
+        with Sandbox.create(trajectory=small / "log.db") as sb, refused:
+            for _ in range(100):
+                sb.commands.run("head -c 60000 /dev/urandom | base64")
         trajectory.close_all()
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -92,7 +92,7 @@ def layout(
 
 
 def busybox() -> list[Entry]:
-    """A root file system of one static program: our own guest agent's neighbour, sh from the host with its libraries."""
+    """A root file system of one program: sh from the host with its libraries."""
     entries = [folder("bin"), folder("etc"), folder("lib64"), folder("lib")]
     real = os.path.realpath("/bin/dash")
     entries.append(file("bin/sh", Path(real).read_bytes(), mode=0o755))

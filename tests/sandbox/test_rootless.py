@@ -27,8 +27,8 @@ with Sandbox.create(memory_mb=256, pids=64, mounts=[Mount(source=mine, target="/
     run = sb.commands.run
     out["id"] = run("id -u; python3 -c 'print(6*7)'").stdout
     out["bomb"] = run(["python3", "-c", "x = bytearray(1 << 30)"]).exit_code
-    out["host"] = run("cat /etc/shadow; ls /root /home; mount -t tmpfs x /mnt; echo x > /proc/sys/kernel/domainname").exit_code
-    out["write"] = run("echo hi > /home/w/f; echo $?; rm -rf /tmp/d; mkdir /tmp/d; touch /tmp/d/x; rm -r /tmp/d; mv /etc/hosts /tmp/h; ls /etc/hosts").stdout
+    out["host"] = run("cat /etc/shadow || mount -t tmpfs x /mnt || echo x > /proc/sys/kernel/domainname").exit_code
+    out["write"] = run("echo hi > /home/w/f; echo $?; mkdir /tmp/d; touch /tmp/d/x; rm -r /tmp/d").stdout
     out["timeout"] = run("sleep 50", timeout=0.3).timed_out
     sb.files.write("a", "b", mode=0o600)
     out["read"] = sb.files.read("a")
