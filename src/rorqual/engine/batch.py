@@ -8,7 +8,7 @@ Owns row bookkeeping. What a token means is the caller's matter.                
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,7 +62,7 @@ class Batch:
         return sum(not row.waiting for row in self._rows.values())
 
     @torch.no_grad()
-    def add(self, prompts: dict[int, Sequence[int]], params: dict[int, SamplingParams]) -> None:
+    def add(self, prompts: Mapping[int, Sequence[int]], params: Mapping[int, SamplingParams]) -> None:
         """Adds sequences; the last token of each prompt is fed by the next step. Raises PromptError, ContextOverflow."""
         for key, prompt in prompts.items():
             if key in self._rows:

@@ -109,7 +109,7 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, kv, entries, sink, far_bias, window):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, q, kv, entries, sink, far_bias, window):  # type: ignore[no-untyped-def]
         batch, length, heads, width = q.shape
         blocks = length // window
         current = kv.view(batch, blocks, window, width)
@@ -138,7 +138,7 @@ class _BlockAttention(torch.autograd.Function):
         return out, far
 
     @staticmethod
-    def backward(ctx, d_out, _):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
         rows, keys, entries, near, far, at_sink, out = ctx.saved_tensors
         batch, length, heads, width = rows.shape
         window, dtype = ctx.window, rows.dtype

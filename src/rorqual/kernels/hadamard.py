@@ -15,10 +15,11 @@ __all__ = ["hadamard"]
 
 @functools.lru_cache(maxsize=8)
 def _matrix(size: int) -> Tensor:
-    matrix = torch.ones(1, 1)
+    matrix: Tensor = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
-    return matrix * size**-0.5
+    scaled: Tensor = matrix * size**-0.5
+    return scaled
 
 
 def hadamard(x: Tensor) -> Tensor:

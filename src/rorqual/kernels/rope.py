@@ -24,7 +24,8 @@ def rope_frequencies(
     beta_slow: float = 1.0,
 ) -> Tensor:
     """Angles per position, fp32 [dims/2]. `factor` 1 is plain RoPE, above 1 YaRN."""
-    theta = base ** (-torch.arange(0, dims, 2, dtype=torch.float32) / dims)
+    # 1 / base^x, not base^-x: they differ by an ulp, which at position 2^20 turns cos by up to 0.01.
+    theta = 1.0 / base ** (torch.arange(0, dims, 2, dtype=torch.float32) / dims)
     if factor == 1.0:
         return theta
 
@@ -34,7 +35,8 @@ def rope_frequencies(
     low = max(math.floor(dim_of(beta_fast)), 0)
     high = min(math.ceil(dim_of(beta_slow)), dims - 1)
     ramp = ((torch.arange(dims // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return theta / factor * ramp + theta * (1 - ramp)
+    smooth = 1 - ramp
+    return theta / factor * (1 - smooth) + theta * smooth
 
 
 def rope_table(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) ->
     """
     rotated = cos.shape[-1]
     plain, pairs = x[..., :-rotated], x[..., -rotated:].float()
-    swapped = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = pairs.view(*pairs.shape[:-1], -1, 2).flip(-1).flatten(-2)
     turned = pairs * cos - swapped * sin if inverse else pairs * cos + swapped * sin
     return torch.cat((plain, turned.to(x.dtype)), dim=-1)

@@ -18,7 +18,7 @@ from rorqual.model.compressor import Compressor
 from rorqual.model.config import Config
 from rorqual.model.indexer import Indexer, index_loss
 from rorqual.model.layers import Linear, RMSNorm, Rope, rms_norm
-from rorqual.model.quant import quant_dequant_fp8
+from rorqual.model.quant import quant_dequant_entry
 from rorqual.model.state import LayerState
 
 __all__ = ["Attention", "AttentionMode"]
@@ -37,14 +37,14 @@ class AttentionMode:
 
 
 class Attention(nn.Module):
-    """Names as in the official checkpoint: wq_a, q_norm, wq_b, wkv, kv_norm, wo_a, wo_b, attn_sink, compressor, indexer."""
+    """Parameters are named as in the official checkpoint (spec/model.md 7.1)."""
 
     def __init__(self, config: Config, *, ratio: int, simulate_quant: bool = False) -> None:
         super().__init__()
         hidden, heads, width = config.hidden_size, config.num_attention_heads, config.head_dim
         self.heads, self.width, self.ratio = heads, width, ratio
         self.window, self.top_k, self.eps = config.sliding_window, config.index_topk, config.rms_norm_eps
-        self.nope = width - config.qk_rope_head_dim
+        self.rope_dim = config.qk_rope_head_dim
         self.groups, self.rank = config.o_groups, config.o_lora_rank
         self.simulate_quant = simulate_quant
         self.wq_a = Linear(hidden, config.q_lora_rank)
@@ -65,10 +65,8 @@ class Attention(nn.Module):
             self.indexer = Indexer(config, simulate_quant=simulate_quant) if csa else None
 
     def round(self, kv: Tensor) -> Tensor:
-        """The cache format of window rows and entries, when simulated: FP8 but for the rotated dims."""
-        if not self.simulate_quant:
-            return kv
-        return torch.cat((quant_dequant_fp8(kv[..., : self.nope], block=64), kv[..., self.nope :]), dim=-1)
+        """The cache format of window rows and entries, when simulated: FP8, the rotated dims BF16."""
+        return quant_dequant_entry(kv, rope_dim=self.rope_dim) if self.simulate_quant else kv
 
     def forward(
         self,
@@ -97,13 +95,14 @@ class Attention(nn.Module):
             out = self._cached(x, q, q_r, kv, state=state, start=start, counts=counts, cos_sin=(cos, sin))
             loss = None
         out = apply_rope(out, cos.unsqueeze(-2), sin.unsqueeze(-2), inverse=True)
-        grouped = out.flatten(2).unflatten(-1, (self.groups, -1))  # [B, T, G, H/G*D]
+        grouped = out.reshape(*out.shape[:2], self.groups, -1)  # [B, T, G, H/G*D]
         inner = torch.einsum(
             "btgi,gri->btgr",
             grouped,
-            self.wo_a.weight.to(grouped.dtype).unflatten(0, (self.groups, self.rank)),
+            self.wo_a.weight.to(grouped.dtype).view(self.groups, self.rank, -1),
         )
-        return self.wo_b(inner.flatten(2)), loss
+        projected: Tensor = self.wo_b(inner.flatten(2))
+        return projected, loss
 
     def _full(
         self,

@@ -51,12 +51,12 @@ class Gate(nn.Module):
         """x [N, D], token_ids [N] to experts int64 [N, K] and weights fp32 [N, K]."""
         with torch.autocast(x.device.type, enabled=False):
             scores = torch.sqrt(F.softplus(F.linear(x.float(), self.weight.float())))
-        if self.hashed:
-            picked = self.tid2eid[token_ids]
-        else:
-            picked = torch.topk(scores + self.bias, self.top_k, dim=-1).indices
+        picked = self.tid2eid[token_ids] if self.hashed else self._best(scores)
         weights = scores.gather(1, picked)
         return picked, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.route_scale
+
+    def _best(self, scores: Tensor) -> Tensor:
+        return torch.topk(scores + self.bias, self.top_k, dim=-1).indices
 
 
 class Experts(nn.Module):
@@ -84,7 +84,7 @@ class Experts(nn.Module):
         gathered = x[tokens]
         sizes = torch.bincount(picked.flatten(), minlength=count).tolist()
         outs = []
-        for expert, rows in enumerate(gathered.split(sizes)):
+        for expert, rows in enumerate(torch.split(gathered, sizes)):
             if len(rows):
                 inner = swiglu(F.linear(rows, self.w1[expert]), F.linear(rows, self.w3[expert]), self.limit)
                 outs.append(F.linear(inner, self.w2[expert]))
@@ -126,4 +126,5 @@ class MoE(nn.Module):
         if torch.is_grad_enabled():
             self.load = torch.bincount(picked.flatten(), minlength=len(self.experts.w1))
         routed = self.experts(flat, picked, weights)
-        return (routed + self.shared_experts(flat).float()).to(x.dtype).view_as(x)
+        out: Tensor = routed + self.shared_experts(flat).float()
+        return out.to(x.dtype).view_as(x)

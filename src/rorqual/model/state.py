@@ -147,9 +147,9 @@ class CacheState:
             parts: list[RowHistory | EntryStore] = []
             for group in zip(*(layer.parts() for layer in layers), strict=True):
                 if isinstance(group[0], RowHistory):
-                    parts.append(RowHistory(torch.cat([part.rows for part in group])))  # type: ignore[union-attr]
+                    parts.append(RowHistory(torch.cat([part.rows for part in group])))
                 else:
-                    tensors = [part.entries for part in group]  # type: ignore[union-attr]
+                    tensors = [part.entries for part in group]
                     width = max(tensor.shape[1] for tensor in tensors)
                     padded = [torch.nn.functional.pad(t, (0, 0, 0, width - t.shape[1])) for t in tensors]
                     parts.append(EntryStore(torch.cat(padded)))

@@ -55,7 +55,7 @@ async def evaluate(
     config: RolloutConfig | None = None,
 ) -> Evaluation:
     """Runs `per_depth` test tasks (seeds 0, 1, ...) of every family and depth once."""
-    requests = []
+    requests: list[Request] = []
     for family in families:
         for depth in tasks.depths(family, split="test"):
             if depths is None or depth in depths:

@@ -79,7 +79,7 @@ def draw(config: GRPOConfig, step: int) -> list[Request]:
     rng = random.Random(f"{config.seed}|{step}")
     kinds = [(family, depth) for family, depth, _ in config.mixture]
     weights = [weight for _, _, weight in config.mixture]
-    requests = []
+    requests: list[Request] = []
     for group in range(config.prompts):
         family, depth = rng.choices(kinds, weights)[0]
         task = tasks.sample(family, depth=depth, seed=rng.getrandbits(40), split="rl")

@@ -45,7 +45,8 @@ def orthogonalize(matrix: Tensor, *, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    result: Tensor = x.mT if tall else x
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -57,7 +58,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # a closure is never evaluated
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             shapes: dict[tuple[int, int], list[Tensor]] = {}
@@ -67,6 +68,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), parameters in shapes.items():
                 updates = []
                 for parameter in parameters:
+                    assert parameter.grad is not None
                     state = self.state[parameter]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(parameter)
@@ -76,7 +78,7 @@ class Muon(torch.optim.Optimizer):
                 scale = 0.18 * max(rows, columns) ** 0.5
                 joined = orthogonalize(torch.cat(updates))  # same shapes together: few large products
                 for parameter, update in zip(
-                    parameters, joined.split([len(u) for u in updates]), strict=True
+                    parameters, torch.split(joined, [len(u) for u in updates]), strict=True
                 ):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.reshape(parameter.shape).to(parameter), alpha=-group["lr"] * scale)
@@ -86,7 +88,8 @@ class Optimizers:
     """Muon and AdamW over one model, stepped together."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 plain = name in ("embed.weight", "head.weight") or name.endswith((".ape", ".fn"))

@@ -100,7 +100,8 @@ def _plot(history: list[dict[str, Any]]) -> str:
 
 
 def _rate(solved: dict[str, float]) -> float:
-    return sum(solved.values()) / len(solved)
+    rates = [float(rate) for rate in solved.values()]
+    return sum(rates) / len(rates)
 
 
 def _table(kind: str, results: dict[str, dict[str, Any] | None]) -> str:

@@ -1,0 +1,94 @@
+"""Core attention against a plain-loop oracle, and its own backward against finite differences."""
+
+import pytest
+import torch
+from tests.oracles.attention import attention as oracle
+
+from rorqual.kernels import attend, attend_blocks
+
+SHAPE = {"batch": 2, "heads": 3, "width": 6, "window": 4, "ratio": 4}
+
+
+def _inputs(length, entries, *, seed=0, grad=False):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=grad)
+
+    batch, heads, width = SHAPE["batch"], SHAPE["heads"], SHAPE["width"]
+    q, kv, far, sink = draw(batch, length, heads, width), draw(batch, length, width), None, draw(heads)
+    if entries:
+        far = draw(batch, entries, width)
+    steps = torch.arange(length)
+    mask = (torch.arange(entries) < (steps[:, None] + 1) // SHAPE["ratio"])[None]
+    return q, kv, far, sink, mask
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 13, 16])
+def test_block_attention_equals_the_loop_oracle(length):
+    entries = length // SHAPE["ratio"]
+    q, kv, far, sink, mask = _inputs(length, entries)
+    out, _ = attend_blocks(
+        q, kv, sink=sink, window=SHAPE["window"], entries=far, entries_mask=mask if entries else None
+    )
+    for b in range(SHAPE["batch"]):
+        expected = oracle(
+            q[b].tolist(),
+            kv[b].tolist(),
+            far[b].tolist() if entries else [],
+            sink.tolist(),
+            window=SHAPE["window"],
+            visible=lambda t, s: s < (t + 1) // SHAPE["ratio"],
+        )
+        torch.testing.assert_close(out[b], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_masked_form_equals_the_block_form():
+    q, kv, far, sink, mask = _inputs(13, 3)
+    steps = torch.arange(13)
+    window = (steps[None] <= steps[:, None]) & (steps[None] > steps[:, None] - SHAPE["window"])
+    masked = attend(q, kv, window[None], sink=sink, entries=far, entries_mask=mask)
+    blocks, _ = attend_blocks(q, kv, sink=sink, window=SHAPE["window"], entries=far, entries_mask=mask)
+    torch.testing.assert_close(masked, blocks, atol=1e-6, rtol=0)  # `attend` takes logits in fp32
+
+
+def test_gathered_entries_equal_masked_entries():
+    q, kv, far, sink, _ = _inputs(1, 8)
+    keep = torch.tensor([[5, 2, -1], [0, 7, 3]])
+    mask = torch.zeros(2, 1, 8, dtype=torch.bool)
+    for b in range(2):
+        mask[b, 0, keep[b][keep[b] >= 0]] = True
+    window = torch.ones(1, 1, 1, dtype=torch.bool)
+    whole = attend(q, kv, window, sink=sink, entries=far, entries_mask=mask)
+    index = keep.clamp(min=0)[:, None, :, None].expand(-1, -1, -1, far.shape[2])
+    gathered = far[:, None].gather(2, index)
+    picked = attend(q, kv, window, sink=sink, entries=gathered, entries_mask=(keep >= 0)[:, None])
+    torch.testing.assert_close(whole, picked, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("entries", [0, 3])
+def test_backward_equals_finite_differences(entries):
+    q, kv, far, sink, mask = _inputs(13, entries, grad=True)
+
+    def run(q, kv, sink, *far):
+        return attend_blocks(
+            q,
+            kv,
+            sink=sink,
+            window=SHAPE["window"],
+            entries=far[0] if far else None,
+            entries_mask=mask if far else None,
+        )[0]
+
+    assert torch.autograd.gradcheck(run, (q, kv, sink, *([far] if entries else [])))
+
+
+def test_weights_of_entries_and_window_and_sink_sum_to_one():
+    q, kv, far, sink, mask = _inputs(16, 4)
+    ones = torch.ones_like(kv)
+    out, weights = attend_blocks(
+        q, ones, sink=torch.full_like(sink, -1e9), window=4, entries=torch.ones_like(far), entries_mask=mask
+    )
+    torch.testing.assert_close(out, torch.ones_like(out))  # a sink of no weight: the rest is a mean of ones
+    assert weights.shape == (2, 16, 3, 4)
+    assert bool((weights[:, :3] == 0).all())  # nothing is complete before the fourth token
