@@ -212,6 +212,20 @@ def test_a_bomb_stops_at_its_bound(tmp_path: Path) -> None:
         import_oci(layout(tmp_path / "b", [longest.tobuf() + bytes(1 << 20)]), name="bomb")
 
 
+def test_directories_nested_without_end_are_refused_and_removed(state: StateDir, tmp_path: Path) -> None:
+    deep = "/".join("d" * 1500)
+    entries = [
+        folder(deep),
+        link("l", deep),
+        folder("l/" + deep),
+        link("m", "l/" + deep),
+        folder("m/" + deep),
+    ]
+    with pytest.raises(ImageRejected, match="nested too deep|too long|File name"):
+        import_oci(layout(tmp_path / "image", [tar(entries), tar([file(".wh.d")])]), name="deep")
+    assert not list(state.images.glob(".building-*"))
+
+
 def _wrong_digest(manifest: dict[str, Any], blobs: Path) -> None:
     name = manifest["layers"][0]["digest"].removeprefix("sha256:")
     data = bytearray((blobs / name).read_bytes())

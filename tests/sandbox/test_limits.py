@@ -11,6 +11,7 @@ import time
 import pytest
 
 from rorqual.sandbox import AsyncSandbox, HostUnfit, SandboxEnded, Unsupported
+from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates.container import memory_limit
 
 
@@ -57,6 +58,18 @@ async def test_an_unlimited_disk_lies_on_the_host_and_goes_with_the_sandbox(runt
         result = await sb.commands.run("head -c 100000000 /dev/zero > big && stat -c %s big")
         assert result.stdout == "100000000\n", result
         assert (await sb.info()).limits["disk"] == "none"
+
+
+@pytest.mark.parametrize("disk_mb", [None, 64])
+async def test_a_tree_too_deep_for_recursion_is_removed_with_the_sandbox(
+    disk_mb: int | None, runtime: str, state: StateDir
+) -> None:
+    code = "import os\nfor n in range(5000):\n  os.mkdir('d'); os.chdir('d')\nprint('deep')"
+    async with await AsyncSandbox.create(disk_mb=disk_mb) as sb:
+        assert (await sb.commands.run(["python3", "-c", code])).stdout == "deep\n"
+    assert not (state.sandboxes / sb.id).exists()
+    async with await AsyncSandbox.create() as sb:
+        assert (await sb.commands.run("echo on")).stdout == "on\n"
 
 
 async def test_the_cpu_limit_holds(runtime: str) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import threading
@@ -23,6 +22,7 @@ from typing import Any
 from rorqual.sandbox import trajectory_store
 from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.keeper.main import remove_directory
+from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
 
 _STALE_BUILD_S = 6 * 3600
@@ -65,7 +65,7 @@ def reap(state: StateDir) -> tuple[tuple[str, ...], int]:
         except FileNotFoundError:  # it starts just now, or died before it had a lock
             with contextlib.suppress(OSError):
                 if time.time() - directory.stat().st_mtime > 60:
-                    shutil.rmtree(directory, ignore_errors=True)
+                    remove_tree(str(directory))
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,10 +82,10 @@ def reap(state: StateDir) -> tuple[tuple[str, ...], int]:
             elif record is None:
                 with contextlib.suppress(OSError):
                     if time.time() - place.stat().st_mtime > 60:  # died between mkdir and its first record
-                        shutil.rmtree(place, ignore_errors=True)
+                        remove_tree(str(place))
     finally:
         for directory, lock in dead:
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_tree(str(directory))
             os.close(lock)
     return tuple(gone), len(dead)
 
@@ -141,7 +141,7 @@ def prune(*, keep_days: float | None = None, state: StateDir | None = None) -> P
         for place in [*doomed, *([] if live else skeletons[:-1])]:
             if place in doomed and time.time() - place.stat().st_mtime < _STALE_BUILD_S:
                 continue
-            shutil.rmtree(place, ignore_errors=True)
+            remove_tree(str(place))
             removed += 1
     rows = 0
     if keep_days is not None and state.trajectory.is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from rorqual.sandbox.host import find_program
 from rorqual.sandbox.images.base import USER_ID
 from rorqual.sandbox.images.store import ImageInfo, image_directory, install
 from rorqual.sandbox.images.unpack import Root, furnish
+from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
 
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+)?")
@@ -108,6 +108,6 @@ def build_debian(
             record={"origin": "debian", "size_bytes": size, "digest": "", "envs": {}},
         )
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        remove_tree(str(building))
         raise
     return ImageInfo(name=name, origin="debian", size_bytes=size, digest="")

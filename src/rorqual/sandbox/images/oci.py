@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import stat
 import tarfile
 import tempfile
@@ -28,6 +27,7 @@ from rorqual.sandbox.errors import ImageRejected
 from rorqual.sandbox.images.base import USER_ID
 from rorqual.sandbox.images.store import ImageInfo, image_directory, install
 from rorqual.sandbox.images.unpack import Bounds, Root, Tally, furnish, unpack_layer
+from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
 
 JSON_BYTES = 4 << 20
@@ -238,7 +238,7 @@ def import_oci(
         }
         install(building, name=name, state=state, record=record)
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        remove_tree(str(building))
         raise
     return ImageInfo(name=name, origin="oci", size_bytes=tally.size_bytes, digest=digest)
 

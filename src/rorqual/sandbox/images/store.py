@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rorqual.sandbox.errors import ImageNotFound, InvalidRequest
 from rorqual.sandbox.images.base import RootFs, base_image
+from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
 
 BASE_NAMES = ("base", "host")
@@ -73,7 +73,7 @@ def remove_image(name: str, *, state: StateDir | None = None) -> bool:
         return False
     doomed = state.images / f".removing-{os.getpid()}-{place.name}"
     os.rename(place, doomed)
-    shutil.rmtree(doomed)
+    remove_tree(str(doomed))
     return True
 
 

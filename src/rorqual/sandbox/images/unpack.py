@@ -167,6 +167,8 @@ def unpack_layer(stream: IO[bytes], root: Root, tally: Tally, *, source: str, bo
                     if tally.size_bytes > bounds.max_bytes:
                         raise ImageRejected(source, f"unpacks to more than {bounds.max_bytes} bytes")
                 _apply(archive, member, root, tally, fresh, source=source)
+    except RecursionError as error:
+        raise ImageRejected(source, "directories nested too deep to replace") from error
     except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
         raise ImageRejected(source, f"not a sound tar stream: {error}") from error
 

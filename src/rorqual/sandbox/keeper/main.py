@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import selectors
-import shutil
 import signal
 import socket
 import sys
@@ -22,6 +21,7 @@ import time
 from typing import Any
 
 from rorqual.sandbox.keeper import cgroups, launch, linux
+from rorqual.sandbox.keeper.removal import remove_tree
 
 MAX_LINE = 4 << 20
 GRACE_S = 5.0
@@ -140,7 +140,7 @@ class Keeper:
                         self.finish(entry, status=-1)  # SIGKILL did not end it: clean what can be cleaned
                     else:
                         self.kill(entry, cause="timeout", detail="its lifetime was over")
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_tree(self.directory)
 
     def read(self, peer: Peer) -> None:
         try:
@@ -356,8 +356,7 @@ def remove_directory(directory: str, userns: dict[str, str] | None) -> None:
     Tried again for a moment: the last process of a runtime that was killed may still be writing its state.
     """
     for _ in range(20):
-        shutil.rmtree(directory, ignore_errors=True)
-        if not os.path.exists(directory):
+        if remove_tree(directory):
             return
         if userns is not None:
             break
@@ -368,7 +367,7 @@ def remove_directory(directory: str, userns: dict[str, str] | None) -> None:
     if pid == 0:
         with contextlib.suppress(BaseException):
             launch.enter_userns(userns["uid_map"], userns["gid_map"])
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_tree(directory)
         os._exit(0)
     os.waitpid(pid, 0)
 
