@@ -99,8 +99,23 @@ class Peers:
         if shutil.which("podman"):
             (self.rootfs / "usr").rmdir()
             (self.rootfs / "usr").mkdir()
-            root = ["--root", str(self.place / "podman"), "--runroot", str(self.place / "podman-run")]
-            options = ["--network=none", "--memory=512m", "--pids-limit=256", "--cgroup-manager=cgroupfs"]
+            # Not crun: podman cannot take /sys/fs/cgroup/unified away from it on a hybrid host.
+            runtime = ["--runtime", "runc"] if self.unified else []
+            root = [
+                *runtime,
+                "--root",
+                str(self.place / "podman"),
+                "--runroot",
+                str(self.place / "podman-run"),
+            ]
+            options = [
+                "--network=none",
+                "--memory=512m",
+                "--pids-limit=256",
+                "--ulimit=nofile=1024:1024",
+                "--ulimit=nproc=1024:1024",
+                "--cgroup-manager=cgroupfs",
+            ]
             command = ["podman", *root, options[-1], "run", "--rm", *options[:-1], "-v", "/usr:/usr:ro"]
             self.offer(found, "podman run", [*command, "--rootfs", str(self.rootfs), "/bin/true"])
         else:
@@ -208,7 +223,10 @@ def main() -> None:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     load = os.getloadavg()
-    with tempfile.TemporaryDirectory(prefix="rq-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="rq-bench-") as name, contextlib.ExitStack() as stack:
+        # podman keeps its storage directory mounted onto itself
+        overlay = ["umount", "-l", f"{name}/podman/overlay"]
+        stack.callback(subprocess.run, overlay, stderr=subprocess.DEVNULL, check=False)
         peers = Peers(Path(name))
         measures = peers.create()
         samples: dict[str, list[float]] = {"rorqual create": [], "rorqual create to first command": []}
