@@ -317,6 +317,8 @@ async def test_what_a_substrate_cannot_do_is_refused_by_name(sb: AsyncSandbox, k
     for call in (sb.pause, sb.resume, sb.snapshot, sb.fork):
         with pytest.raises(Unsupported, match=r"Available: .*commands"):
             await call()
+    with pytest.raises(Unsupported, match="connect"):
+        await AsyncSandbox.attach(sb.id)
     with pytest.raises(Unsupported, match="offline"):
         await AsyncSandbox.create(substrate=kind, network="pypi")
     with pytest.raises(Unsupported, match="memory_snapshot"):

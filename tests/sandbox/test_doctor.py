@@ -7,6 +7,7 @@ import pytest
 from rorqual.sandbox import Sandbox, doctor
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_doctor_agrees_with_what_create_does(runtime: str) -> None:
     checks = {check.name: check for check in doctor()}

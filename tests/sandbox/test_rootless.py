@@ -71,7 +71,7 @@ def place() -> Iterator[Path]:
     os.geteuid() != 0, reason="becoming another user needs root; as that user, every other test is this one"
 )
 @pytest.mark.parametrize("name", accounts())
-@pytest.mark.parametrize("only", ["crun", "runc"])
+@pytest.mark.parametrize("only", ["crun", pytest.param("runc", marks=pytest.mark.slow)])
 def test_a_user_who_is_not_root_gets_a_whole_sandbox(name: str, only: str, runtime: str, place: Path) -> None:
     if (
         not os.access(PYTHON, os.X_OK)

@@ -26,6 +26,7 @@ from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
 
 _STALE_BUILD_S = 6 * 3600
+_STALE_START_S = 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,18 +55,28 @@ def reap_once(state: StateDir) -> None:
 
 
 def reap(state: StateDir) -> tuple[tuple[str, ...], int]:
-    """Ends the sandboxes of dead keepers. Returns their ids, and how many keepers were dead."""
+    """Ends the sandboxes of dead keepers of this user, whatever their state directory was.
+
+    Returns the sandboxes' ids, and how many keepers were dead.
+    """
+    gone: list[str] = []
+    dead = 0
+    for run in sorted(state.run.parent.iterdir()) if state.run.parent.is_dir() else []:
+        names, count = _reap_run(run)
+        gone += names
+        dead += count
+    return tuple(gone), dead
+
+
+def _reap_run(run: Path) -> tuple[list[str], int]:
     gone: list[str] = []
     dead: list[tuple[Path, int]] = []
-    if not state.keepers.is_dir():
-        return (), 0
-    for directory in state.keepers.iterdir():
+    keepers, sandboxes = run / "keepers", run / "sandboxes"
+    for directory in keepers.iterdir() if keepers.is_dir() else []:
         try:
             lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:  # it starts just now, or died before it had a lock
-            with contextlib.suppress(OSError):
-                if time.time() - directory.stat().st_mtime > 60:
-                    remove_tree(str(directory))
+        except OSError:  # it starts just now, or died before it had a lock
+            _remove_stale(directory)
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,20 +85,26 @@ def reap(state: StateDir) -> tuple[tuple[str, ...], int]:
             os.close(lock)
     try:
         names = {str(directory) for directory, _ in dead}
-        for place in list(state.sandboxes.iterdir()) if names and state.sandboxes.is_dir() else []:
+        for place in list(sandboxes.iterdir()) if sandboxes.is_dir() else []:
             record = _read(place)
-            if record is not None and record["keeper"] in names:
+            if record is None:  # its keeper died between two steps
+                _remove_stale(place)
+            elif record["keeper"] in names or not os.path.isdir(record["keeper"]):
+                if not place.exists():  # a keeper ended in order meanwhile: its own directory goes last
+                    continue
                 _end(place, record)
                 gone.append(place.name)
-            elif record is None:
-                with contextlib.suppress(OSError):
-                    if time.time() - place.stat().st_mtime > 60:  # died between mkdir and its first record
-                        remove_tree(str(place))
     finally:
         for directory, lock in dead:
             remove_tree(str(directory))
             os.close(lock)
-    return tuple(gone), len(dead)
+    return gone, len(dead)
+
+
+def _remove_stale(place: Path) -> None:
+    with contextlib.suppress(OSError):
+        if time.time() - place.stat().st_mtime > _STALE_START_S:
+            remove_tree(str(place))
 
 
 def _read(place: Path) -> dict[str, Any] | None:
@@ -119,6 +136,8 @@ def _end(place: Path, record: dict[str, Any]) -> None:
         cgroups.kill_all(record["cgroup"])
         cgroups.remove(record["cgroup"])
     remove_directory(str(place), record["userns"])
+    if not os.path.exists(record["trajectory"]):
+        return
     with contextlib.suppress(sqlite3.Error, OSError, ValueError):
         trajectory_store.append_end(
             record["trajectory"], sandbox=record["id"], cause="infra", detail="its keeper was killed"

@@ -237,6 +237,15 @@ class AsyncSandbox:
         self._closed = True
         await self._session.close()
 
+    @classmethod
+    async def attach(cls, sandbox_id: str, *, fast_forward: bool = True) -> AsyncSandbox:
+        """Unsupported yet: replaying the log for a restarted client. `connect` and `trajectory.list` are there."""
+        raise Unsupported(
+            f"attach({sandbox_id!r}, fast_forward={fast_forward})",
+            reason="this version does not replay a trajectory",
+            available=["Sandbox.connect(id)", "trajectory.list()"],
+        )
+
     async def pause(self) -> None:
         """Unsupported here."""
         raise self._unsupported("pause")

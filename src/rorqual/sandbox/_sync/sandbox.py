@@ -148,6 +148,11 @@ class Sandbox:
         """
         run(self._inner.close())
 
+    @classmethod
+    def attach(cls, sandbox_id: str, *, fast_forward: bool = True) -> Sandbox:
+        """Unsupported yet: replaying the log for a restarted client. `connect` and `trajectory.list` are there."""
+        return cls(run(AsyncSandbox.attach(sandbox_id, fast_forward=fast_forward)))
+
     def pause(self) -> None:
         """Unsupported here."""
         run(self._inner.pause())

@@ -72,8 +72,10 @@ class Keeper:
         self.idmaps = launch.Idmaps() if os.geteuid() == 0 else None
         self.owner_alive = True
         self.peers: set[Peer] = set()
-        self.lock = os.open(directory + "/lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        # Locked before it has its name: a reaper must never meet a lock file of the living that is free.
+        self.lock = os.open(directory + "/lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(directory + "/lock.new", directory + "/lock")
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -140,6 +142,9 @@ class Keeper:
                         self.finish(entry, status=-1)  # SIGKILL did not end it: clean what can be cleaned
                     else:
                         self.kill(entry, cause="timeout", detail="its lifetime was over")
+        for pid in children():  # no sandbox is left, so whatever a broken launch orphaned to us goes, too
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
         remove_tree(self.directory)
 
     def read(self, peer: Peer) -> None:
@@ -164,6 +169,7 @@ class Keeper:
             entry = Entry(request["order"])
             entry.reply = (peer, number)
             os.mkdir(entry.directory, 0o700)
+            self.write_record(entry)
             self.entries[entry.id] = entry
             self.queue.append(entry)
             self.start_queued()
@@ -193,7 +199,6 @@ class Keeper:
         while self.queue and self.launching < self.limit:
             entry = self.queue.pop(0)
             self.launching += 1
-            self.write_record(entry)
             try:
                 if self.idmaps is not None:  # made here, not in the child, so that the next launch finds them
                     for pair in entry.order["idmaps"]:
@@ -348,6 +353,16 @@ class Keeper:
             peer.send({"id": number, "cause": cause, "detail": detail})
         for peer in self.peers:
             peer.send({"event": "ended", "sandbox": entry.id, "cause": cause, "detail": detail})
+
+
+def children() -> list[int]:
+    """Process ids of this process's children; [] where the kernel does not tell."""
+    with (
+        contextlib.suppress(OSError),
+        open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file,
+    ):
+        return [int(pid) for pid in file.read().split()]
+    return []
 
 
 def remove_directory(directory: str, userns: dict[str, str] | None) -> None:

@@ -236,7 +236,7 @@ def launch_order(
     disk_dir = str(directory / "disk")
     id_map = (plan.id_base, host.ID_COUNT) if plan.id_base is not None else None
     command = [runtime_path, "--root", f"{directory}/runtime"]
-    if plan.rootless and runtime == "runc":
+    if not plan.has_cgroups and runtime == "runc":
         command += ["--rootless=true"]
     if not plan.has_cgroups and runtime == "crun":
         command += ["--cgroup-manager=disabled"]
