@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -250,3 +251,15 @@ def test_a_full_state_disk_is_an_error_before_the_command(state: StateDir, tmp_p
         trajectory.close_all()
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_garbage_at_the_keepers_socket_harms_nobody(state: StateDir) -> None:
+    with Sandbox.create() as sb:
+        directory = sb._inner._session.launched.keeper.directory
+        for data in (b"not json\n", b"[]\n", b'{"id": "x"}\n', b'{"id": 1}\n', b"x" * 100_000, b""):
+            probe = socket.socket(socket.AF_UNIX)
+            probe.connect(str(directory / "keeper.sock"))
+            probe.sendall(data)
+            probe.close()
+        assert sb.commands.run("echo on").stdout == "on\n"
+        assert abs(sb.info().expires - time.time() - 300) < 60

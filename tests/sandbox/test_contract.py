@@ -54,6 +54,12 @@ async def test_commands_run_as_the_user_in_its_home_with_its_variables(kind: str
         assert root.stdout == "0\n/root\n"
 
 
+async def test_the_working_directory_can_be_chosen_and_belongs_to_the_user(kind: str) -> None:
+    async with await AsyncSandbox.create(substrate=kind, workdir="/workspace/deep") as sb:
+        await sb.files.write("a", "1")
+        assert (await sb.commands.run("pwd; touch b; ls")).stdout == "/workspace/deep\na\nb\n"
+
+
 async def test_python_runs_in_the_base_image(sb: AsyncSandbox) -> None:
     code = "import json, ssl, sqlite3; print(json.dumps({'x': 6 * 7}))"
     assert json.loads((await sb.commands.run(["python3", "-c", code])).stdout) == {"x": 42}

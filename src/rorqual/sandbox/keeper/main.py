@@ -157,11 +157,16 @@ class Keeper:
             return
         *lines, peer.buffer = (peer.buffer + data).split(b"\n")
         for line in lines:
-            request = json.loads(line)
+            try:
+                request = json.loads(line)
+                number = int(request["id"])
+            except (ValueError, TypeError, KeyError):
+                self.drop_peer(peer)  # not a client of ours
+                return
             try:
                 self.handle(peer, request)
             except Exception as error:
-                peer.send({"id": request["id"], "error": {"stage": "keeper", "detail": repr(error)}})
+                peer.send({"id": number, "error": {"stage": "keeper", "detail": repr(error)}})
 
     def handle(self, peer: Peer, request: dict[str, Any]) -> None:
         number, op = request["id"], request["op"]
