@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from rorqual.sandbox import Sandbox, SandboxEnded, TrajectoryError, prune, trajectory
+from rorqual.sandbox import AsyncSandbox, Sandbox, SandboxEnded, TrajectoryError, prune, trajectory
 from rorqual.sandbox.errors import HostUnfit
 from rorqual.sandbox.host import find_runtimes
 from rorqual.sandbox.keeper import cgroups
@@ -182,6 +185,36 @@ def test_ctrl_c_in_a_command_raises_at_once_and_leaves_nothing(state: StateDir) 
     assert not list(state.keepers.iterdir())
 
 
+def test_cancelling_creates_at_any_moment_leaves_no_cgroup(state: StateDir) -> None:
+    """The runtime works on in a child of its own when it is killed: the keeper must not let go of that."""
+
+    async def main() -> None:
+        async with await AsyncSandbox.create():  # so that every round below meets a warm keeper
+            pass
+        for step in range(1, 25):
+            task = asyncio.create_task(AsyncSandbox.create(memory_mb=32))
+            await asyncio.sleep(step * 0.003)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await (await task).kill()
+
+    ours = {place.name for place in Path("/sys/fs/cgroup").glob("*/rorqual-*")}
+    asyncio.run(main())
+    wait_for(lambda: not list(state.sandboxes.iterdir()))
+    names = {entry.removeprefix("rorqual-") for entry in logged(state)}
+    assert len(names) >= 20  # the very first may be cancelled before their intent is logged
+    left = {place.name for place in Path("/sys/fs/cgroup").glob("*/rorqual-*")} - ours
+    assert not {name for name in left if name.removeprefix("rorqual-") in names}
+
+
+def logged(state: StateDir) -> set[str]:
+    connection = sqlite3.connect(state.trajectory)
+    try:
+        return {row[0] for row in connection.execute("SELECT DISTINCT sandbox FROM trajectory")}
+    finally:
+        connection.close()
+
+
 @pytest.mark.parametrize("delay", [0.05, 0.15, 0.25, 0.35, 0.5])
 def test_ctrl_c_while_creating_leaves_nothing(state: StateDir, delay: float) -> None:
     code = "from rorqual.sandbox import Sandbox\nprint(1, flush=True)\nwhile True: Sandbox.create().kill()"
@@ -193,6 +226,7 @@ def test_ctrl_c_while_creating_leaves_nothing(state: StateDir, delay: float) -> 
     code_, errors = end(process)
     assert code_ != 0 and "KeyboardInterrupt" in errors
     assert leftovers(state) == []
+    assert not any(cgroups.directories(f"/rorqual-{name}") for name in logged(state))
 
 
 def test_an_exception_in_the_block_ends_the_sandbox(state: StateDir) -> None:

@@ -124,13 +124,26 @@ def _start_time(pid: int) -> str:
         return ""
 
 
+def _launched_meanwhile(place: Path) -> tuple[int, str]:
+    """The agent that a runtime started after its keeper had died: (pid, start time), or (0, '')."""
+    try:
+        pid = int((place / "init.pid").read_text(encoding="ascii"))
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"/.rorqual/guest\0"):
+            return pid, _start_time(pid)
+    except (OSError, ValueError):
+        pass
+    return 0, ""
+
+
 def _end(place: Path, record: dict[str, Any]) -> None:
-    pid = int(record["init_pid"])
-    if pid and record["init_start"] and _start_time(pid) == record["init_start"]:
+    pid, start = int(record["init_pid"]), record["init_start"]
+    if not pid:
+        pid, start = _launched_meanwhile(place)
+    if pid and start and _start_time(pid) == start:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 5.0
-        while _start_time(pid) == record["init_start"] and time.monotonic() < deadline:
+        while _start_time(pid) == start and time.monotonic() < deadline:
             time.sleep(0.01)
     if record["cgroup"]:
         cgroups.kill_all(record["cgroup"])

@@ -206,7 +206,8 @@ class KeeperClient:
             if self._process is not None and not self.keeps:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout=10.0)
-            self._thread.join(timeout=0.2 if self.keeps else 2.0)
+            # A dead keeper's sandboxes are being reaped in that thread: the process must not end in the middle.
+            self._thread.join(timeout=0.2 if self.keeps and not self.dead else 10.0)
         self._sock.close()
 
 

@@ -173,6 +173,7 @@ def run(order: dict[str, Any], *, idmaps: Idmaps | None) -> None:
     stage = "start"
     directory = order["directory"]
     try:
+        os.setpgid(0, 0)  # the keeper kills a launch that hangs as one group
         linux.prctl(linux.PR_SET_PDEATHSIG, 9)
         errors = os.open(
             directory + "/launch.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o600

@@ -138,7 +138,10 @@ class Keeper:
             now = time.monotonic()
             for entry in list(self.entries.values()):
                 if entry.deadline <= now:
-                    if entry.asked_cause:
+                    if entry.asked_cause and entry.runtime_pid:
+                        entry.deadline = now + GRACE_S
+                        self.signal(entry, force=True)
+                    elif entry.asked_cause:
                         self.finish(entry, status=-1)  # SIGKILL did not end it: clean what can be cleaned
                     else:
                         self.kill(entry, cause="timeout", detail="its lifetime was over")
@@ -320,10 +323,16 @@ class Keeper:
         else:
             self.signal(entry)
 
-    def signal(self, entry: Entry) -> None:
-        pid = entry.init_pid or entry.runtime_pid
-        if pid in self.by_pid:  # not yet reaped, so the number cannot have been reused
-            os.kill(pid, signal.SIGKILL)
+    def signal(self, entry: Entry, *, force: bool = False) -> None:
+        """Kills what there is. A launch is let finish first, since crun and runc work on in children of their own.
+
+        force: the launch has had its time; its whole process group goes.
+        """
+        if entry.init_pid in self.by_pid:  # not yet reaped, so the number cannot have been reused
+            os.kill(entry.init_pid, signal.SIGKILL)
+        elif force and entry.runtime_pid in self.by_pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(entry.runtime_pid, signal.SIGKILL)
 
     def finish(self, entry: Entry, status: int) -> None:
         """The first process is gone (or never came): name the cause, remove everything, tell everybody."""
