@@ -27,7 +27,9 @@ def leftovers(state: StateDir) -> list[str]:
     for directory in (state.sandboxes, state.keepers):
         found += [str(path) for path in directory.iterdir()] if directory.is_dir() else []
     for point in set(cgroups.hierarchies().values()):
-        found += [str(path) for path in Path(point).glob("rorqual-sb-*") if _ours(path, state) and path.exists()]
+        found += [
+            str(path) for path in Path(point).glob("rorqual-sb-*") if _ours(path, state) and path.exists()
+        ]
     mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
     found += [line for line in mounts.splitlines() if str(state.run) in line or str(state.root) in line]
     return found
