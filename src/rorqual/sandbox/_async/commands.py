@@ -65,7 +65,7 @@ class AsyncCommandHandle:
 
     async def kill(self, *, signal: int = 9) -> bool:
         """Signals its whole process group; False when it had ended."""
-        return await self._session.guest.kill(self.id, signal=signal)
+        return await self._session.kill(self.id, signal=signal)
 
     async def send_stdin(self, data: str | bytes) -> None:
         """Writes to its standard input (started with `stdin=True`)."""
@@ -111,11 +111,15 @@ class AsyncCommandHandle:
                 await callback(b"", final=True)
         return self._result(exit_)
 
+    async def _kill_and_wait(self) -> None:
+        await self._session.kill(self.id)
+        await self._process.wait()
+
     async def _abandon(self, error: BaseException) -> None:
         """Cancelled, or the connection died: the command must not run on unseen; the log says what
         happened."""
         if isinstance(error, asyncio.CancelledError | Exception) and not isinstance(error, GuestGone):
-            kill = asyncio.ensure_future(self._session.guest.kill(self.id))
+            kill = asyncio.ensure_future(self._kill_and_wait())
             kill.add_done_callback(lambda task: None if task.cancelled() else task.exception())
             await asyncio.wait([kill], timeout=5.0)
         if self._log_result:
@@ -312,7 +316,7 @@ class AsyncCommands:
                 seq = await session.log.begin(
                     sandbox=session.id, kind="kill", request={"command": id, "signal": signal}
                 )
-                found = await session.guest.kill(id, signal=signal)
+                found = await session.kill(id, signal=signal)
         except GuestGone as error:
             raise await session.verdict(error) from error
         session.log.finish(sandbox=session.id, seq=seq, result={"found": found})
@@ -377,7 +381,7 @@ async def _feed(session: Session, process: GuestProcess, data: bytes) -> None:
     except (GuestGone, GuestRefused):
         pass  # it ended without reading all of its input; its result says how
     except Exception:
-        await session.guest.kill(process.pid)  # it would wait for ever for the rest
+        await session.kill(process.pid)  # it would wait for ever for the rest
         raise
 
 
