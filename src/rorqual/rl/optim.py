@@ -97,9 +97,11 @@ class Optimizers:
                 (rest if vector else matrices).append(parameter)
         self.config = config
         self.params = [*matrices, *rest]
-        self.muon = Muon(
-            matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        self.muon: Muon | None = None
+        if matrices:
+            self.muon = Muon(
+                matrices, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay
+            )
         self.adam = torch.optim.AdamW(rest, lr=config.adam_lr, betas=config.betas, weight_decay=0.0)
 
     def step(self, factor: float) -> float:

@@ -36,7 +36,7 @@ POOL = 256
 class SFTConfig:
     """The recipe of the embedded model."""
 
-    steps: int = 1600
+    steps: int = 2200
     batch_tokens: int = 2048
     """Padded tokens per step."""
     seed: int = 0
@@ -49,6 +49,10 @@ class SFTConfig:
     """Share of the steps in which CSA attends to every visible entry."""
     warmup: int = 50
     decay_share: float = 0.3
+    hide_csa: float = 0.2
+    """Share of steps in which CSA's entries are hidden, so that HCA learns to carry what it can."""
+    hide_hca: float = 0.1
+    """Share of steps in which HCA's entries are hidden."""
     mtp_weight: float = 0.2
     index_weight: float = 1.0
     balance_speed: float = 1e-3
@@ -66,9 +70,16 @@ def schedule(step: int, *, steps: int, warmup: int, decay_share: float) -> float
     return rising * max(0.05, min(1.0, falling))
 
 
-def losses(model: Model, batch: Batch, *, sparse: bool, config: SFTConfig) -> dict[str, torch.Tensor]:
+def hidden_kinds(config: SFTConfig, step: int) -> frozenset[str]:
+    """Which compressed branch a step hides: a function of (seed, step)."""
+    draw = random.Random(f"{config.seed}|hide|{step}").random()
+    if draw < config.hide_csa:
+        return frozenset({"csa"})
+    return frozenset({"hca"}) if draw < config.hide_csa + config.hide_hca else frozenset()
+
+
+def losses(model: Model, batch: Batch, *, mode: AttentionMode, config: SFTConfig) -> dict[str, torch.Tensor]:
     """`loss` (cross-entropy on masked-in tokens), `mtp`, `index`, and their weighted `total`."""
-    mode = AttentionMode(sparse=sparse, index_loss=True)
     out = model.train_pass(batch.ids, mode=mode, mtp=True)
     target = batch.mask[:, 1:]
     loss = F.cross_entropy(model.logits(out.hidden[:, :-1][target]), batch.ids[:, 1:][target])
@@ -145,7 +156,6 @@ def run(
     `seconds` ends the run early (a control of equal wall time). Raises TrainError for a foreign checkpoint.
     """
     out.mkdir(parents=True, exist_ok=True)
-    random.seed(config.seed)
     tokenizer_path = out / "tokenizer.json"
     if config.init is not None:
         tokenizer = Tokenizer.from_file(config.init)
@@ -170,7 +180,8 @@ def run(
     while step < config.steps:
         batch = next(stream)
         sparse = config.init is not None or step >= config.steps * config.dense_share
-        parts = losses(model, batch, sparse=sparse, config=config)
+        mode = AttentionMode(sparse=sparse, index_loss=True, without=hidden_kinds(config, step))
+        parts = losses(model, batch, mode=mode, config=config)
         parts["total"].backward()  # type: ignore[no-untyped-call]
         factor = schedule(step, steps=config.steps, warmup=config.warmup, decay_share=config.decay_share)
         norm = optimizers.step(factor)
@@ -179,7 +190,7 @@ def run(
         step += 1
         elapsed = before + time.monotonic() - started
         over = seconds is not None and elapsed >= seconds
-        row: dict[str, Any] = {name: float(value) for name, value in parts.items() if name != "total"}
+        row: dict[str, Any] = {name: float(value.detach()) for name, value in parts.items() if name != "total"}
         row |= {"step": step, "tokens": tokens, "seconds": elapsed, "grad_norm": norm, "sparse": sparse}
         last = step == config.steps or over
         if step % config.checkpoint_every == 0 or last:

@@ -58,7 +58,7 @@ GUESS_SHARE: Final = 0.75
 GUESS_DIGITS: Final = 3
 """Length of a guess. Fixed, so that where it ends can be learned although its digits are masked."""
 
-WEIGHTS: Final[Mapping[str, float]] = {"hop-recover": 0.6, "calc-tool": 0.4}
+WEIGHTS: Final[Mapping[str, float]] = {"hop-recover": 0.5, "calc-tool": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
