@@ -39,7 +39,7 @@ class GRPOConfig:
 
     mixture: tuple[tuple[str, int, float], ...]
     """(family, depth, weight)."""
-    steps: int = 60
+    steps: int = 40
     prompts: int = 12
     """Tasks per step."""
     group_size: int = 8
@@ -54,8 +54,8 @@ class GRPOConfig:
         default_factory=lambda: OptimConfig(use_muon=False, adam_lr=7e-4, weight_decay=0.0)
     )
     warmup: int = 2
-    eval_every: int = 15
-    eval_per_depth: int = 12
+    eval_every: int = 10
+    eval_per_depth: int = 10
     eval_families: tuple[str, ...] = ("hop-recover",)
     final_per_depth: int = 50
     checkpoint_every: int = 5
