@@ -11,10 +11,17 @@ def attention(q, kv, entries, sink, *, window, visible):
         keys += [entry for s, entry in enumerate(entries) if visible(t, s)]
         row = []
         for h, head in enumerate(heads):
-            logits = [sum(a * b for a, b in zip(head, key)) / math.sqrt(len(head)) for key in keys]
+            logits = [
+                sum(a * b for a, b in zip(head, key, strict=True)) / math.sqrt(len(head)) for key in keys
+            ]
             top = max([*logits, sink[h]])
             weights = [math.exp(logit - top) for logit in logits]
             total = sum(weights) + math.exp(sink[h] - top)
-            row.append([sum(w / total * key[d] for w, key in zip(weights, keys)) for d in range(len(head))])
+            row.append(
+                [
+                    sum(w / total * key[d] for w, key in zip(weights, keys, strict=True))
+                    for d in range(len(head))
+                ]
+            )
         out.append(row)
     return out

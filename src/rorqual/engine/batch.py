@@ -63,7 +63,7 @@ class Batch:
 
     @torch.no_grad()
     def add(self, prompts: Mapping[int, Sequence[int]], params: Mapping[int, SamplingParams]) -> None:
-        """Adds sequences; the last token of each prompt is fed by the next step. Raises PromptError, ContextOverflow."""
+        """Adds sequences; the next step feeds each prompt's last token. Raises PromptError, ContextOverflow."""
         for key, prompt in prompts.items():
             if key in self._rows:
                 raise EngineError(f"sequence {key} is already in the batch")

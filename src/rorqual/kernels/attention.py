@@ -76,7 +76,7 @@ def attend_blocks(
     [B, S, D] that `entries_mask` bool [B or 1, T, S] shows. Weights are fp32 [B, T, H, S], without gradient (for
     the indexer's loss), None without entries.
     """
-    batch, length, heads, width = q.shape
+    batch, length, _, width = q.shape
     pad = -length % window
     kv = kv.to(q.dtype)
     if pad:

@@ -190,7 +190,9 @@ def run(
         step += 1
         elapsed = before + time.monotonic() - started
         over = seconds is not None and elapsed >= seconds
-        row: dict[str, Any] = {name: float(value.detach()) for name, value in parts.items() if name != "total"}
+        row: dict[str, Any] = {
+            name: float(value.detach()) for name, value in parts.items() if name != "total"
+        }
         row |= {"step": step, "tokens": tokens, "seconds": elapsed, "grad_norm": norm, "sparse": sparse}
         last = step == config.steps or over
         if step % config.checkpoint_every == 0 or last:
