@@ -9,9 +9,9 @@ import torch
 from rorqual.engine import Engine, SamplingParams
 from rorqual.model import Config, Model
 from rorqual.rl import tasks
+from rorqual.rl.episodes import Episode, Request
 from rorqual.rl.grpo import RECIPES, draw, update
 from rorqual.rl.optim import OptimConfig, Optimizers
-from rorqual.rl.rollout import Episode, Request
 
 CONFIG = dataclasses.replace(RECIPES["hop-recover"], optim=OptimConfig(use_muon=False, adam_lr=1e-2))
 

@@ -21,11 +21,11 @@ from rorqual.chat import Tokenizer
 from rorqual.engine import Engine
 from rorqual.model import AttentionMode, Model
 from rorqual.rl import saves, sft, tasks
+from rorqual.rl.episodes import Episode, Request, RolloutConfig, SandboxPool, rollout
 from rorqual.rl.errors import TrainError
-from rorqual.rl.evaluate import evaluate
+from rorqual.rl.evaluation import evaluate
 from rorqual.rl.losses import group_advantages, policy_loss, token_log_probs
 from rorqual.rl.optim import OptimConfig, Optimizers
-from rorqual.rl.rollout import Episode, Request, RolloutConfig, SandboxPool, rollout
 
 __all__ = ["RECIPES", "GRPOConfig", "control", "draw", "run", "update"]
 

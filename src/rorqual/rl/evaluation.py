@@ -12,7 +12,7 @@ from typing import Any
 from rorqual.chat import Tokenizer
 from rorqual.engine import Engine
 from rorqual.rl import tasks
-from rorqual.rl.rollout import Episode, Request, RolloutConfig, SandboxPool, rollout
+from rorqual.rl.episodes import Episode, Request, RolloutConfig, SandboxPool, rollout
 
 __all__ = ["Evaluation", "evaluate"]
 
