@@ -157,7 +157,7 @@ bool spawn(struct command *cmd, struct start_request *req, char *why, size_t why
 void boot_env(const char *assignment); /* adds to, or replaces in, the environment every command starts from */
 
 /* sweep.c */
-int sweep(const struct command *cmd, int sig);  /* one pass: signal every live process of the command; how many */
+int sweep(const struct command *cmd, int sig);  /* signal every live process of the command; 0: nothing was hit */
 void sweep_all(void);                           /* kill every process any command left behind */
 
 /* files.c */

@@ -120,7 +120,8 @@ int sweep(const struct command *cmd, int sig) {
         signal_members(list, n, sig);
         return alive;
     }
-    if (!cmd->exited) kill(-cmd->pid, SIGKILL);
+    /* Counted here: on another CPU the group may be dead, and passed over as zombies, before the first scan. */
+    if (!cmd->exited && kill(-cmd->pid, SIGKILL) == 0) total = 1;
     for (int pass = 0; pass < 4; pass++) { /* what is still dying then is looked at again by the caller's timer */
         size_t n = scan(cmd, list, &alive);
         if (alive == 0) break;

@@ -287,6 +287,22 @@ async def test_a_second_hold_sees_the_same_sandbox_and_does_not_end_it(sb: Async
     assert sb.id in [info.id for info in await AsyncSandbox.list()]
 
 
+async def test_every_hold_of_one_process_learns_the_cause_of_the_end(kind: str) -> None:
+    sb = await AsyncSandbox.create(substrate=kind)
+    closed, other = await AsyncSandbox.connect(sb.id), await AsyncSandbox.connect(sb.id)
+    waiting = asyncio.create_task(other.commands.run("sleep 300", timeout=None))
+    while not any(info.running for info in await other.commands.list()):
+        await asyncio.sleep(0.01)
+    await closed.close()
+    await sb.kill()
+    with pytest.raises(SandboxEnded, match="killed"):
+        await waiting
+    assert other.cause == "killed"
+    with pytest.raises(SandboxEnded, match="killed"):
+        await other.files.read("x")
+    await other.close()
+
+
 async def test_connecting_to_a_dead_sandbox_tells_its_cause(kind: str) -> None:
     sb = await AsyncSandbox.create(substrate=kind)
     await sb.kill()

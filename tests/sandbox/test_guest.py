@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
@@ -379,6 +380,13 @@ async def test_kill_reaches_what_outlived_the_command(client: GuestClient) -> No
     assert await client.kill(process.pid)
     await until(lambda: not alive(child))
     assert not await client.kill(process.pid)
+
+
+async def test_a_kill_right_after_the_start_says_that_it_hit(client: GuestClient) -> None:
+    for _ in range(100):  # before the group was counted, two in five of these were answered with false
+        process = await client.start(["sleep", "1000"])
+        assert await client.kill(process.pid)
+        assert (await process.wait()).signal == 9
 
 
 async def test_a_fork_storm_is_put_down(client: GuestClient) -> None:
@@ -982,7 +990,10 @@ async def test_connections_come_and_go_without_a_trace(client: GuestClient, agen
     before = agent.fds()
     for _ in range(200):
         raw = Raw(agent.path)
-        raw.socket.sendall(HELLO[:7])
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # a busy agent may not have seen 32 of the others close yet
+            raw.socket.sendall(HELLO[:7])
         raw.socket.close()
     extra = [
         Raw(agent.path) for _ in range(40)

@@ -84,18 +84,6 @@ class Session:
             path = path[2:].lstrip("/")
         return self.launched.workdir if path in ("", ".") else posixpath.join(self.launched.workdir, path)
 
-    async def kill(self, command: int, *, signal: int = 9) -> bool:
-        """Signals a command's process group; False when it does not run any more."""
-        for _ in range(40):
-            if await self.guest.kill(command, signal=signal):
-                return True
-            # Between its fork and its setsid a command has no process group yet, and the agent finds nobody there.
-            infos = await self.guest.list()
-            if not any(info.pid == command and info.running for info in infos):
-                return False
-            await asyncio.sleep(0.005)
-        return False
-
     def spawn(self, task: asyncio.Task[Any]) -> None:
         """Keeps a background task until it is done; closing the session cancels it."""
         self.tasks.add(task)
@@ -103,7 +91,7 @@ class Session:
 
     async def close(self) -> None:
         """Drops the connection. The sandbox lives on. Idempotent."""
-        self.launched.keeper.unwatch(self.id)
+        self.launched.keeper.unwatch(self.id, self._on_ended)
         tasks = list(self.tasks)
         for task in tasks:
             task.cancel()

@@ -65,7 +65,7 @@ class AsyncCommandHandle:
 
     async def kill(self, *, signal: int = 9) -> bool:
         """Signals its whole process group; False when it had ended."""
-        return await self._session.kill(self.id, signal=signal)
+        return await self._session.guest.kill(self.id, signal=signal)
 
     async def send_stdin(self, data: str | bytes) -> None:
         """Writes to its standard input (started with `stdin=True`)."""
@@ -112,7 +112,7 @@ class AsyncCommandHandle:
         return self._result(exit_)
 
     async def _kill_and_wait(self) -> None:
-        await self._session.kill(self.id)
+        await self._session.guest.kill(self.id)
         await self._process.wait()
 
     async def _abandon(self, error: BaseException) -> None:
@@ -316,7 +316,7 @@ class AsyncCommands:
                 seq = await session.log.begin(
                     sandbox=session.id, kind="kill", request={"command": id, "signal": signal}
                 )
-                found = await session.kill(id, signal=signal)
+                found = await session.guest.kill(id, signal=signal)
         except GuestGone as error:
             raise await session.verdict(error) from error
         session.log.finish(sandbox=session.id, seq=seq, result={"found": found})
@@ -381,7 +381,7 @@ async def _feed(session: Session, process: GuestProcess, data: bytes) -> None:
     except (GuestGone, GuestRefused):
         pass  # it ended without reading all of its input; its result says how
     except Exception:
-        await session.kill(process.pid)  # it would wait for ever for the rest
+        await session.guest.kill(process.pid)  # it would wait for ever for the rest
         raise
 
 

@@ -40,7 +40,7 @@ class AsyncPtyHandle:
 
     async def kill(self) -> bool:
         """Ends it, with everything that runs in it."""
-        return await self._session.kill(self.id)
+        return await self._session.guest.kill(self.id)
 
     async def wait(self) -> int:
         """Exit code of its first process. Raises SandboxEnded when the sandbox ends first."""

@@ -146,10 +146,15 @@ class KeeperClient:
         if over is not None:
             callback(*over)
 
-    def unwatch(self, sandbox_id: str) -> None:
+    def unwatch(self, sandbox_id: str, callback: Ended) -> None:
+        """Takes one callback back; those of other holds on the same sandbox stay."""
         with self._lock:
-            self._ended.pop(sandbox_id, None)
-            self._over.pop(sandbox_id, None)
+            callbacks = self._ended.get(sandbox_id, [])
+            with contextlib.suppress(ValueError):
+                callbacks.remove(callback)
+            if not callbacks:
+                self._ended.pop(sandbox_id, None)
+                self._over.pop(sandbox_id, None)
 
     def _read(self) -> None:
         buffer = b""
