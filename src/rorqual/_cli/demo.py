@@ -66,6 +66,9 @@ def demo(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", min=0.0)] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.", min=1)] = 512,
     model_dir: Annotated[Path | None, typer.Option(help="Another model directory.")] = None,
+    before_rl: Annotated[
+        bool, typer.Option("--before-rl", help="The embedded model as it was before reinforcement learning.")
+    ] = False,
     substrate: Annotated[str, typer.Option(help="Kind of sandbox.")] = "container",
     runs_dir: Annotated[Path | None, typer.Option(help="Where the event logs go.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Save a picture of the view here.")] = None,
@@ -77,14 +80,17 @@ def demo(
 
     Exit code 0 once every task was worked on, solved or not; 1 if the machinery failed.
     """
-    from rorqual._cli.embedded import EMBEDDED_DIR, open_embedded
+    from rorqual._cli.embedded import EMBEDDED_DIR, RAISED_DIR, open_embedded
 
     seed = secrets.randbelow(1_000_000) if seed is None else seed
     drawn = draw(seed, tasks, family=family, depth=depth)
     console = progress(record=svg is not None)
     started = time.monotonic()
     model = open_embedded(
-        model_dir or EMBEDDED_DIR, seed=seed, temperature=temperature, max_tokens=max_tokens
+        model_dir or (EMBEDDED_DIR if before_rl else RAISED_DIR),
+        seed=seed,
+        temperature=temperature,
+        max_tokens=max_tokens,
     )
     console.print(
         Text.assemble(

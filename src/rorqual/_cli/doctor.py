@@ -60,7 +60,7 @@ def doctor(
 
 def _python() -> list[Finding]:
     import rorqual
-    from rorqual._cli.embedded import EMBEDDED_DIR, FILES
+    from rorqual._cli.embedded import FILES, RAISED_DIR
 
     found = [
         Finding(
@@ -80,12 +80,12 @@ def _python() -> list[Finding]:
             fix="pip install 'rorqual[model]'",
         )
     )
-    absent = [name for name in FILES if not (EMBEDDED_DIR / name).is_file()]
+    absent = [name for name in FILES if not (RAISED_DIR / name).is_file()]
     found.append(
         Finding(
             name="embedded model",
             ok=not absent,
-            detail=f"{EMBEDDED_DIR}: {', '.join(absent)} missing" if absent else str(EMBEDDED_DIR),
+            detail=f"{RAISED_DIR}: {', '.join(absent)} missing" if absent else str(RAISED_DIR),
             fix="rorqual train sft",
         )
     )

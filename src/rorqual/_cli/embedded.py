@@ -14,19 +14,23 @@ if TYPE_CHECKING:
     from rorqual.agent import EmbeddedModel
     from rorqual.engine import Engine
 
-__all__ = ["EMBEDDED_DIR", "open_embedded"]
+__all__ = ["EMBEDDED_DIR", "RAISED_DIR", "open_embedded"]
 
 EMBEDDED_DIR = Path(rorqual.__file__).parent / "embedded"
+"""The warm start: trained on demonstrations, most of which give up or guess."""
+RAISED_DIR = EMBEDDED_DIR / "rl"
+"""What reinforcement learning made of it; the model of `run` and `demo`."""
+NAMES = {EMBEDDED_DIR: "rorqual-embedded (before RL)", RAISED_DIR: "rorqual-embedded"}
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def open_embedded(
-    directory: Path = EMBEDDED_DIR, *, seed: int, temperature: float = 1.0, max_tokens: int = 512
+    directory: Path = RAISED_DIR, *, seed: int, temperature: float = 1.0, max_tokens: int = 512
 ) -> EmbeddedModel:
     """A model adapter over our engine. Raises CliError if a file or an optional package is missing."""
     missing = [name for name in FILES if not (directory / name).is_file()]
     if missing:
-        what = "the embedded model is" if directory == EMBEDDED_DIR else "the model directory is"
+        what = "the embedded model is" if directory in NAMES else "the model directory is"
         raise CliError(
             f"{what} incomplete: {directory / missing[0]} is missing. "
             "Reinstall the package, or use another model with --model URL",
@@ -55,7 +59,7 @@ def open_embedded(
         engine,
         tokenizer,
         EmbeddedConfig(
-            name="rorqual-embedded" if directory == EMBEDDED_DIR else directory.name,
+            name=NAMES.get(directory, directory.name),
             temperature=temperature,
             seed=seed,
             max_tokens=max_tokens,

@@ -6,9 +6,10 @@ is a function of (seed, step), so a resumed run goes on as if it had not stopped
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import json
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -172,7 +173,8 @@ async def run(
 ) -> dict[str, Any]:
     """Raises the model in `start` by RL, into directory `out`; resumes from its checkpoint. Returns the report's data.
 
-    Raises TrainError for a foreign checkpoint, RolloutError when sandboxes do not start.
+    Cancelled, it keeps a checkpoint of the last whole step. Raises TrainError for a foreign checkpoint, RolloutError
+    when sandboxes do not start.
     """
     note = on_note or (lambda _: None)
     out.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 -- this coroutine owns its loop: the trainer blocks it anyway
@@ -180,14 +182,18 @@ async def run(
     model = Model.from_pretrained(start)
     optimizers = Optimizers(model, config.optim)
     identity = {"config": asdict(config), "start": str(start)}
-    progress = saves.load(out, model, optimizers) or {"step": 0, "seconds": 0.0, **identity}
+    resumed = saves.load(out, model, optimizers)
+    progress = resumed or {"step": 0, "seconds": 0.0, **identity}
     if _comparable(progress) != _comparable(identity):
         raise TrainError(f"{out} holds a run of another recipe or start: use another --out, or --fresh")
     engine = Engine(model)
     log = out / "rl.jsonl"
     step, before = int(progress["step"]), float(progress["seconds"])
     history = saves.read_lines(log, below=step + 1)
-    _rewrite(log, history)
+    if history:
+        saves.write_lines(log, history)  # steps after the checkpoint are run again
+    else:
+        log.unlink(missing_ok=True)
     count = config.prompts * config.group_size
     note(f"starting {count} sandboxes")
     async with SandboxPool.open(count) as pool:
@@ -205,38 +211,51 @@ async def run(
             )
             return result.to_json()
 
-        if step == 0:
+        def keep() -> None:
+            saves.save(out, model, optimizers, {"step": step, "seconds": before, **identity})
+
+        if resumed is None:
             note(f"measuring {start} at T=1 and greedy")
             saves.write_json(out / "before.json", await _both(measure, config.final_per_depth))
-        while step < config.steps:
-            began = time.monotonic()
-            episodes = await rollout(engine, tokenizer, pool, draw(config, step), config.rollout)
-            acted = time.monotonic()
-            stats = update(
-                model, optimizers, episodes, config, factor=min(1.0, (step + 1) / max(config.warmup, 1))
-            )
-            step += 1
-            before += time.monotonic() - began
-            row: dict[str, Any] = {
-                "step": step,
-                "seconds": before,
-                "reward": _mean([e.reward for e in episodes if e.status != "infra_error"]),
-                "statuses": _counts(episodes),
-                "tokens": sum(sum(e.mask) for e in episodes),
-                "length": _mean([len(e.ids) for e in episodes]),
-                "turns": _mean([e.turns for e in episodes]),
-                "rollout_seconds": acted - began,
-                "update_seconds": time.monotonic() - acted,
-                **stats,
-            }
-            if step % config.eval_every == 0 or step == config.steps:
-                row["held_out"] = await measure(config.eval_per_depth, 1.0)
-            saves.append_line(log, row)
-            history.append(row)
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                saves.save(out, model, optimizers, {"step": step, "seconds": before, **identity})
-            if on_step is not None:
-                on_step(row)
+            keep()  # so that the measurement is not repeated
+        kept, row = step, dict[str, Any]()
+        try:
+            while step < config.steps:
+                began = time.monotonic()
+                episodes = await rollout(engine, tokenizer, pool, draw(config, step), config.rollout)
+                acted = time.monotonic()
+                stats = update(
+                    model, optimizers, episodes, config, factor=min(1.0, (step + 1) / max(config.warmup, 1))
+                )
+                step += 1
+                before += time.monotonic() - began
+                row = {
+                    "step": step,
+                    "seconds": before,
+                    "reward": _mean([e.reward for e in episodes if e.status != "infra_error"]),
+                    "statuses": _counts(episodes),
+                    "tokens": sum(sum(e.mask) for e in episodes),
+                    "length": _mean([len(e.ids) for e in episodes]),
+                    "turns": _mean([e.turns for e in episodes]),
+                    "rollout_seconds": acted - began,
+                    "update_seconds": time.monotonic() - acted,
+                    **stats,
+                }
+                if step % config.eval_every == 0 or step == config.steps:
+                    row["held_out"] = await measure(config.eval_per_depth, 1.0)
+                saves.append_line(log, row)
+                history.append(row)
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    keep()
+                    kept = step
+                if on_step is not None:
+                    on_step(row)
+        except asyncio.CancelledError:
+            if step > kept:  # `update` is never cut: the weights are those of `step`
+                if not history or history[-1]["step"] != step:
+                    saves.append_line(log, row)  # its evaluation was cut
+                keep()
+            raise
         note("measuring the trained model at T=1 and greedy")
         after = await _both(measure, config.final_per_depth)
         saves.write_json(out / "after.json", after)
@@ -257,7 +276,10 @@ async def control(
     seconds: float,
     on_step: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """The control of an RL run: as many seconds of more SFT on the same kind of traces, then the same measurement."""
+    """The control of an RL run: as many seconds of more SFT on the same kind of traces, then the same measurement.
+
+    Cancelled, it ends at the next step with a checkpoint. `on_step` is called from a thread.
+    """
     recipe = sft.SFTConfig(
         steps=1_000_000,
         seed=1,
@@ -265,7 +287,13 @@ async def control(
         optim=OptimConfig(muon_lr=3e-3, adam_lr=9e-4),
         decay_share=0.0,
     )
-    model = sft.run(out / "control", recipe, seconds=seconds, on_step=on_step)
+    stop = threading.Event()
+    try:
+        model = await asyncio.to_thread(
+            sft.run, out / "control", recipe, seconds=seconds, on_step=on_step, stop=stop.is_set
+        )
+    finally:
+        stop.set()
     engine, tokenizer = Engine(model), Tokenizer.from_file(start)
     async with SandboxPool.open(config.prompts * config.group_size) as pool:
         result = {}
@@ -290,14 +318,6 @@ def _comparable(progress: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps({"config": progress["config"], "start": progress["start"]}))
     plain["config"].pop("steps")
     return plain
-
-
-def _rewrite(log: Path, rows: list[dict[str, Any]]) -> None:
-    """Drops log lines of steps after the checkpoint: they are run again."""
-    with contextlib.suppress(FileNotFoundError):
-        log.unlink()
-    for row in rows:
-        saves.append_line(log, row)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -41,9 +41,8 @@ def write(out: Path) -> Path:
             f"<p>{last['step']} steps, {episodes} episodes, {sum(row['tokens'] for row in history):,} sampled "
             f"tokens, {seconds / 60:.1f} minutes. Every episode acted in a container; answers were graded outside.</p>"
         )
-        parts.append(
-            f'<img alt="reward and held-out success by step" src="data:image/png;base64,{_plot(history)}">'
-        )
+        picture = _plot(history, results["before"])
+        parts.append(f'<img alt="reward and held-out success by step" src="data:image/png;base64,{picture}">')
     parts.append("<h2>Held-out success</h2>")
     parts += [_table(kind, results) for kind in ("sampled", "greedy")]
     if history:
@@ -65,8 +64,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _plot(history: list[dict[str, Any]]) -> str:
-    """The curve as base64 PNG."""
+def _plot(history: list[dict[str, Any]], before: dict[str, Any] | None) -> str:
+    """The curve as base64 PNG; held-out success starts with the measurement before the first step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,8 +78,10 @@ def _plot(history: list[dict[str, Any]]) -> str:
     )
     measured = [row for row in history if "held_out" in row]
     for family in sorted({name for row in measured for name in row["held_out"]["solved"]}):
-        rates = [_rate(row["held_out"]["solved"][family]) for row in measured]
-        top.plot([row["step"] for row in measured], rates, marker="o", label=f"held-out {family} (T=1)")
+        points = [(row["step"], _rate(row["held_out"]["solved"][family])) for row in measured]
+        if before is not None:
+            points.insert(0, (0, _rate(before["sampled"]["solved"][family])))
+        top.plot(*zip(*points, strict=True), marker="o", label=f"held-out {family} (T=1)")
     top.set_ylim(-0.02, 1.02)
     top.set_ylabel("share solved")
     top.grid(alpha=0.3)
@@ -91,7 +92,7 @@ def _plot(history: list[dict[str, Any]]) -> str:
     bottom.plot(steps, [row["entropy"] for row in history], color="#4d8b57", label="entropy (nats)")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)
-    bottom.legend(loc="upper right")
+    bottom.legend(loc="center right")
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

@@ -9,6 +9,7 @@ The indexer starts dense: first every visible entry is attended to and it learns
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from rorqual.chat import Tokenizer, train_bpe
 from rorqual.model import AttentionMode, Config, Model, checkpoint
 from rorqual.model.moe import MoE
 from rorqual.rl import samples, saves, traces
+from rorqual.rl.errors import TrainError
 from rorqual.rl.optim import OptimConfig, Optimizers
 from rorqual.rl.samples import Batch
 
@@ -150,10 +152,12 @@ def run(
     model_config: Config | None = None,
     seconds: float | None = None,
     on_step: Callable[[dict[str, Any]], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Model:
     """Trains into directory `out`, resuming from its checkpoint; leaves a loadable model there and returns it.
 
-    `seconds` ends the run early (a control of equal wall time). Raises TrainError for a foreign checkpoint.
+    `seconds` ends the run early (a control of equal wall time). `stop` is asked after every step; once it says True the
+    run ends with a checkpoint of that step and writes no model. Raises TrainError for a foreign checkpoint or recipe.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer_path = out / "tokenizer.json"
@@ -170,6 +174,11 @@ def run(
     tokenizer.save(tokenizer_path)
     optimizers = Optimizers(model, config.optim)
     progress = saves.load(out, model, optimizers) or {"step": 0, "tokens": 0, "seconds": 0.0}
+    recipe = _recipe(config)
+    held = progress.get("config", recipe)
+    if held != recipe:
+        differ = ", ".join(sorted(name for name in recipe if held.get(name) != recipe[name]))
+        raise TrainError(f"{out} holds a run with another {differ}: use another --out, or --fresh")
     log = out / "sft.jsonl"
     first, tokens, before = int(progress["step"]), int(progress["tokens"]), float(progress["seconds"])
     probe = test_batch(tokenizer)
@@ -195,16 +204,29 @@ def run(
         }
         row |= {"step": step, "tokens": tokens, "seconds": elapsed, "grad_norm": norm, "sparse": sparse}
         last = step == config.steps or over
-        if step % config.checkpoint_every == 0 or last:
-            row["held_out"] = held_out(model, probe, sparse=sparse)
-            saves.save(out, model, optimizers, {"step": step, "tokens": tokens, "seconds": elapsed})
-            saves.append_line(log, row)
+        stopped = not last and stop is not None and stop()
+        due = step % config.checkpoint_every == 0 or last
+        if due or stopped:
+            state = {"step": step, "tokens": tokens, "seconds": elapsed, "config": recipe}
+            if due:
+                row["held_out"] = held_out(model, probe, sparse=sparse)
+            saves.save(out, model, optimizers, state)
+            if due:
+                saves.append_line(log, row)
         if on_step is not None:
             on_step(row)
+        if stopped:
+            return model.eval()
         if over:
             break
     finish(out, model, {"recipe": "sft", "config": asdict(config), "steps": step, "tokens": tokens})
     return model.eval()
+
+
+def _recipe(config: SFTConfig) -> dict[str, Any]:
+    """What must not change between a run and its resumption, as JSON types: all but how long and how often."""
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return {name: value for name, value in plain.items() if name not in ("steps", "checkpoint_every")}
 
 
 def finish(out: Path, model: Model, facts: dict[str, Any]) -> None:
