@@ -3,6 +3,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.setup-stamp
 ARGS   ?=
+CODE   := $(wildcard src tests benchmarks examples scripts)
 
 .PHONY: demo test check setup host format clean
 
@@ -13,15 +14,15 @@ test: setup check    ## set up, then every check and test
 	@$(PY) -m pytest $(ARGS)
 
 check: setup         ## ruff, mypy --strict, import contracts, generated files
-	@$(VENV)/bin/ruff check src tests benchmarks examples scripts
-	@$(VENV)/bin/ruff format --check src tests benchmarks examples scripts
+	@$(VENV)/bin/ruff check $(CODE)
+	@$(VENV)/bin/ruff format --check $(CODE)
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports --no-cache
 	@$(PY) scripts/unasync.py --check
 
 format: setup
-	@$(VENV)/bin/ruff check --fix src tests benchmarks examples scripts
-	@$(VENV)/bin/ruff format src tests benchmarks examples scripts
+	@$(VENV)/bin/ruff check --fix $(CODE)
+	@$(VENV)/bin/ruff format $(CODE)
 	@$(PY) scripts/unasync.py
 
 setup: host $(STAMP)
@@ -29,9 +30,9 @@ setup: host $(STAMP)
 host:
 	@sh scripts/setup_host.sh
 
-$(STAMP): pyproject.toml hatch_build.py scripts/setup_venv.sh $(wildcard native/guest/*)
+$(STAMP): pyproject.toml hatch_build.py scripts/setup_venv.sh $(wildcard native/guest/* native/cpu/*.*)
 	@sh scripts/setup_venv.sh $(VENV)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/rorqual/sandbox/_bin
+	rm -rf $(VENV) build dist src/rorqual/sandbox/_bin src/rorqual/kernels/_bin

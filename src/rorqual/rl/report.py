@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def _plot(history: list[dict[str, Any]], before: dict[str, Any] | None) -> str:
 
 
 def _rate(solved: dict[str, float]) -> float:
-    rates = [float(rate) for rate in solved.values()]
-    return sum(rates) / len(rates)
+    """Mean over depths."""
+    return math.fsum(solved.values()) / len(solved)
 
 
 def _table(kind: str, results: dict[str, dict[str, Any] | None]) -> str:
