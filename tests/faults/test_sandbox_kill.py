@@ -20,6 +20,7 @@ import pytest
 from rorqual.sandbox import AsyncSandbox, Sandbox, SandboxEnded, TrajectoryError, prune, trajectory
 from rorqual.sandbox.errors import HostUnfit
 from rorqual.sandbox.host import find_runtimes
+from rorqual.sandbox.images import remove_image
 from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.keeper.client import close_all
 from rorqual.sandbox.state import StateDir
@@ -297,3 +298,62 @@ def test_garbage_at_the_keepers_socket_harms_nobody(state: StateDir) -> None:
             probe.close()
         assert sb.commands.run("echo on").stdout == "on\n"
         assert abs(sb.info().expires - time.time() - 300) < 60
+
+
+FORKS = """
+import json, time
+from rorqual.sandbox import Sandbox
+parent = Sandbox.create()
+parent.files.write("a", "1")
+boxes = [parent, *parent.fork(count=2)]
+for box in boxes[1:]:
+    box.commands.run("sleep 7654", background=True)
+    box.pause()
+record = {"ids": [box.id for box in boxes], "keeper": str(boxes[0]._inner._session.launched.keeper.directory)}
+print(json.dumps(record), flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(not cgroups.can_freeze(), reason="no freezer cgroup that this user may use")
+@pytest.mark.parametrize("keeper_too", [False, True])
+def test_paused_sandboxes_and_the_layers_of_forks_go_with_kill_9(state: StateDir, keeper_too: bool) -> None:
+    process = client(FORKS)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    record = json.loads(line)
+    assert len(list(state.images.glob(".fork-*"))) == 1
+    if keeper_too:
+        keeper = keeper_pid(str(record["keeper"]))
+        os.kill(keeper, signal.SIGSTOP)
+    process.kill()
+    end(process)
+    if keeper_too:
+        os.kill(keeper, signal.SIGKILL)
+        wait_for(lambda: not Path(f"/proc/{keeper}").exists())
+        assert not gone(state, record["ids"])
+        prune()
+    wait_for(lambda: gone(state, record["ids"]))
+    wait_for(lambda: not list(state.images.glob(".fork-*")))
+    causes = {cause_of(state, name) for name in record["ids"]}
+    assert causes == ({"infra"} if keeper_too else {"killed"})
+
+
+@pytest.mark.skipif(not cgroups.can_freeze(), reason="no freezer cgroup that this user may use")
+def test_a_sandbox_killed_in_the_middle_of_its_snapshot_ends_and_nothing_is_kept(state: StateDir) -> None:
+    async def main() -> None:
+        sb = await AsyncSandbox.create(disk_mb=256, memory_mb=512)
+        await sb.commands.run("head -c 100000000 /dev/zero | tr '\\0' x > big")
+        task = asyncio.create_task(sb.snapshot())
+        while not list(state.images.glob(".building-*/0")) and not task.done():  # noqa: ASYNC110 - not our event
+            await asyncio.sleep(0.001)
+        await sb.kill()
+        await asyncio.wait([task])
+        if task.exception() is None:  # it was faster
+            await asyncio.to_thread(remove_image, task.result().name)
+        else:
+            assert isinstance(task.exception(), SandboxEnded)
+
+    asyncio.run(main())
+    wait_for(lambda: not [path for path in state.images.iterdir() if not path.name.startswith(".base")])

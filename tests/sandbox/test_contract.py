@@ -24,6 +24,7 @@ from rorqual.sandbox import (
     SandboxNotFound,
     Unsupported,
 )
+from rorqual.sandbox.keeper import cgroups
 
 SUBSTRATES_UNDER_TEST = ("container",)
 
@@ -336,15 +337,32 @@ async def test_every_step_is_in_the_trajectory_in_order_with_its_result(sb: Asyn
 
 
 async def test_what_a_substrate_cannot_do_is_refused_by_name(sb: AsyncSandbox, kind: str) -> None:
-    for call in (sb.pause, sb.resume, sb.snapshot, sb.fork):
-        with pytest.raises(Unsupported, match=r"Available: .*commands"):
-            await call()
     with pytest.raises(Unsupported, match="connect"):
         await AsyncSandbox.attach(sb.id)
     with pytest.raises(Unsupported, match="offline"):
         await AsyncSandbox.create(substrate=kind, network="pypi")
     with pytest.raises(Unsupported, match="memory_snapshot"):
         await AsyncSandbox.create(substrate=kind, require=["commands", "memory_snapshot"])
+
+
+async def test_without_a_freezer_nothing_that_needs_one_is_offered(
+    sb: AsyncSandbox, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "can_freeze", lambda: False)
+    for call in (sb.pause, sb.resume, sb.snapshot, sb.fork, lambda: sb.commit("x")):
+        with pytest.raises(Unsupported, match=r"freezer cgroup.*Available: .*commands"):
+            await call()
+    for name in ("pause", "disk_snapshot", "disk_fork", "commit"):
+        with pytest.raises(Unsupported, match=name):
+            await AsyncSandbox.create(substrate=kind, require=[name])
+    assert (await sb.commands.run("echo on")).stdout == "on\n"
+
+
+@pytest.mark.skipif(not cgroups.can_freeze(), reason="no freezer cgroup that this user may use")
+async def test_pause_and_disk_fork_can_be_required(kind: str) -> None:
+    names = ["pause", "disk_snapshot", "disk_fork", "commit"]
+    async with await AsyncSandbox.create(substrate=kind, require=names) as sb:
+        assert (await sb.commands.run("echo on")).stdout == "on\n"
 
 
 async def test_mounts_show_host_files_and_only_writable_ones_change(kind: str, tmp_path: Path) -> None:

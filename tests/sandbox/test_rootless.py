@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = "/usr/bin/python3"
 SCRIPT = r"""
 import json, os, sys
-from rorqual.sandbox import Sandbox, Mount, HostUnfit
+from rorqual.sandbox import Sandbox, Mount, HostUnfit, Unsupported
 out = {}
 mine = os.environ["RORQUAL_STATE"] + "/mine"
 os.makedirs(mine)
@@ -41,6 +41,13 @@ except HostUnfit as error:
 with Sandbox.create(disk_mb=None, user="root") as sb:
     sb.commands.run("mkdir -p /var/x; touch /var/x/y; chmod 700 /var/x")
     out["root"] = sb.commands.run("id -u").stdout
+with Sandbox.create() as sb:
+    out["refused"] = []
+    for call in (sb.pause, sb.snapshot, sb.fork, lambda: sb.commit("x")):
+        try:
+            call()
+        except Unsupported as error:
+            out["refused"].append("commands" in error.available)
 print(json.dumps(out))
 """
 
@@ -123,7 +130,7 @@ def test_a_user_who_is_not_root_gets_a_whole_sandbox(name: str, only: str, runti
     assert out["bomb"] != 0 and out["host"] != 0 and out["timeout"]
     assert out["write"].startswith("0\n") and out["read"] == "b" and out["owner"]
     assert out["user"] == "ok" if two_ids else "usermod --add-subuids" in out["user"]
-    assert out["root"] == "0\n"
+    assert out["root"] == "0\n" and out["refused"] == [True] * 4
     run = Path(f"/tmp/rorqual-{account.pw_uid}")
     left = [path for path in run.glob("*/*/*")]
     assert not left

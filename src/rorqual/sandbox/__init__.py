@@ -40,7 +40,15 @@ from rorqual.sandbox.errors import (
 )
 from rorqual.sandbox.limits import Mount
 from rorqual.sandbox.prune import Pruned, prune
-from rorqual.sandbox.records import Check, CommandInfo, CommandResult, FileEntry, SandboxInfo
+from rorqual.sandbox.records import (
+    Check,
+    CommandInfo,
+    CommandResult,
+    FileEntry,
+    Paused,
+    SandboxInfo,
+    Snapshot,
+)
 from rorqual.sandbox.substrates import SUBSTRATES
 from rorqual.sandbox.trajectory import TrajectoryEntry
 
@@ -67,6 +75,7 @@ __all__ = [
     "InvalidRequest",
     "LaunchFailed",
     "Mount",
+    "Paused",
     "Pruned",
     "PtyHandle",
     "PtySize",
@@ -75,6 +84,7 @@ __all__ = [
     "SandboxError",
     "SandboxInfo",
     "SandboxNotFound",
+    "Snapshot",
     "TrajectoryEntry",
     "TrajectoryError",
     "Unsupported",

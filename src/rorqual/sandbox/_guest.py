@@ -12,7 +12,7 @@ import asyncio
 import errno
 import os
 import posixpath
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
@@ -98,6 +98,14 @@ class GuestClient:
         self._streams: dict[int, GuestProcess] = {}
         self._last_id = 0
         self._error: GuestError | None = None
+        self.gate: Callable[[], Awaitable[None]] | None = None
+        """Awaited before each call: a paused sandbox is resumed there (_session.py)."""
+        self.still = False
+        """The sandbox stands still, so that no answer can be late."""
+        self.stills = 0
+        """How often it has stood still."""
+        self.awaited = 0
+        """Calls that await an answer and have a deadline."""
 
     @classmethod
     async def connect(cls, path: str | Path, *, timeout: float = 10.0) -> GuestClient:  # noqa: ASYNC109 - public
@@ -174,6 +182,8 @@ class GuestClient:
             raise ValueError(f"timeout is {timeout} s; give a positive number, or None for no limit")
         if not 0 <= max_output <= wire.NO_LIMIT:
             raise ValueError(f"max_output is {max_output} bytes; give a number from 0 on")
+        if self.gate is not None:
+            await self.gate()
         process = GuestProcess(self, self._new_id(), max_output, strict=True)
         request = wire.start(
             process._id,
@@ -196,6 +206,8 @@ class GuestClient:
         The agent keeps the last 1 MiB of each stream; if the start is gone, `truncated` says so. `max_output`
         bounds what wait() may buffer here. Raises GuestRefused (ESRCH: no such command).
         """
+        if self.gate is not None:
+            await self.gate()
         process = GuestProcess(self, self._new_id(), max_output, strict=False)
         request = wire.frame(Type.ATTACH, process._id, wire.u32(_pid(pid)), wire.u32(WINDOW))
         return await self._open_stream(process, request, kill=False)
@@ -402,21 +414,29 @@ class GuestClient:
         self._connection.transport.write(data)
 
     async def _answer(self, future: asyncio.Future[Any], call: str, deadline: float | None) -> Any:
+        self.awaited += deadline is not None
         try:
-            async with asyncio.timeout(deadline):
-                return await asyncio.shield(
-                    future
-                )  # cancelled callers leave the answer to be read and dropped
-        except TimeoutError:
-            raise self._fail(
-                GuestGone(f"the guest agent did not answer {call} within {deadline} s")
-            ) from None
+            while True:
+                stills = self.stills
+                try:
+                    async with asyncio.timeout(deadline):
+                        # shielded: cancelled callers leave the answer to be read and dropped
+                        return await asyncio.shield(future)
+                except TimeoutError:
+                    if not self.still and self.stills == stills:
+                        raise self._fail(
+                            GuestGone(f"the guest agent did not answer {call} within {deadline} s")
+                        ) from None
         except GuestRefused as error:
             raise GuestRefused(f"{call}: {error}", errno=error.errno) from None
+        finally:
+            self.awaited -= deadline is not None
 
     async def _call(
         self, kind: Type, *parts: bytes, read: Callable[[Frame], _T], deadline: float | None = CALL_SECONDS
     ) -> _T:
+        if self.gate is not None:
+            await self.gate()
         ident, future = self._expect(Type.RESULT, read)
         try:
             self._write(wire.frame(kind, ident, *parts))

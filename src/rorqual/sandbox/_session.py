@@ -2,7 +2,8 @@
 end.
 
 Turns a lost connection into the sandbox's cause: whoever waits when a sandbox dies gets SandboxEnded, not a
-socket error. One session belongs to one event loop.
+socket error. Resumes a paused sandbox before any call to its agent, whoever paused it, and stops the clocks of the
+calls that wait for one. One session belongs to one event loop.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from rorqual.sandbox._guest import GuestClient, GuestProcess
-from rorqual.sandbox.errors import Cause, GuestGone, InvalidRequest, SandboxEnded
+from rorqual.sandbox.errors import Cause, GuestGone, InvalidRequest, SandboxEnded, SandboxError
+from rorqual.sandbox.keeper.client import KeeperDied
 from rorqual.sandbox.substrates import Launched
 from rorqual.sandbox.trajectory import Log
 
@@ -39,10 +41,15 @@ class Session:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     processes: dict[int, GuestProcess] = field(default_factory=dict)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    paused: bool = False
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._deadlines: dict[asyncio.Timeout, float | None] = {}
+        self._waking: asyncio.Task[None] | None = None
+        self.guest.gate = self.awake
         self.launched.keeper.watch(self.id, self._on_ended)
+        self.launched.keeper.watch_still(self.id, self._on_still)
 
     @property
     def id(self) -> str:
@@ -57,6 +64,67 @@ class Session:
         """Wakes whoever waits. A dead keeper leaves the agent running: hang up, so that nobody waits for it."""
         self.over.set()
         self.spawn(self._loop.create_task(self.guest.close()))
+
+    def _on_still(self, still: bool, paused: bool) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._set_still, still, paused)
+
+    def _set_still(self, still: bool, paused: bool) -> None:
+        self.paused = paused
+        if still != self.guest.still:
+            self.guest.still = still
+            self.guest.stills += still
+            for scope, seconds in self._deadlines.items():
+                again = None if still or seconds is None else self._loop.time() + seconds
+                if not scope.expired():
+                    scope.reschedule(again)
+        if paused and self.guest.awaited:  # a call was under way: it reached a sandbox that is paused now
+            self.spawn(self._loop.create_task(self.awake()))
+
+    @contextlib.asynccontextmanager
+    async def deadline(self, seconds: float | None) -> AsyncIterator[None]:
+        """Raises TimeoutError after `seconds` of a running sandbox; a pause starts them anew."""
+        async with asyncio.timeout(None if self.guest.still else seconds) as scope:
+            self._deadlines[scope] = seconds
+            try:
+                yield
+            finally:
+                del self._deadlines[scope]
+
+    async def awake(self) -> None:
+        """Resumes it when it is paused; waits while its disk is copied. Raises SandboxError when that fails."""
+        while self.guest.still and self.ended is None:
+            if self._waking is None or self._waking.done():
+                self._waking = self._loop.create_task(self._wake())
+                self.spawn(self._waking)
+            await asyncio.shield(self._waking)
+
+    async def _wake(self) -> None:
+        if self.paused:
+            await self.resume(by="call")
+        else:
+            await self.keeper_call("resume")
+
+    async def resume(self, *, by: str) -> None:
+        seq = await self.log.begin(sandbox=self.id, kind="resume", request={"by": by})
+        answer: dict[str, Any] = {}
+        try:
+            answer = await self.keeper_call("resume")
+        finally:
+            self.log.finish(sandbox=self.id, seq=seq, result={"paused": answer.get("paused")})
+
+    async def keeper_call(self, op: str, **fields: Any) -> dict[str, Any]:
+        """One request about this sandbox. Raises SandboxEnded, or SandboxError with the keeper's reason."""
+        try:
+            answer = await asyncio.wrap_future(self.launched.keeper.request(op, sandbox=self.id, **fields))
+        except KeeperDied as error:
+            raise (await self.verdict(GuestGone(str(error)))) from error
+        if "gone" in answer:
+            raise self.end_error()
+        if "error" in answer:
+            stage, detail = answer["error"]["stage"], answer["error"]["detail"]
+            raise SandboxError(f"{self.id}: {op} failed ({stage}): {detail}")
+        return answer
 
     def end_error(self) -> SandboxEnded:
         cause, detail = self.ended or ("infra", "the keeper gave no cause")
@@ -92,6 +160,7 @@ class Session:
     async def close(self) -> None:
         """Drops the connection. The sandbox lives on. Idempotent."""
         self.launched.keeper.unwatch(self.id, self._on_ended)
+        self.launched.keeper.unwatch_still(self.id, self._on_still)
         tasks = list(self.tasks)
         for task in tasks:
             task.cancel()

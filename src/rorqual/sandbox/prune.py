@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.sandbox import trajectory_store
-from rorqual.sandbox.keeper import cgroups
+from rorqual.sandbox.keeper import cgroups, leases
 from rorqual.sandbox.keeper.main import remove_directory
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
@@ -51,6 +51,7 @@ def reap_once(state: StateDir) -> None:
         if state in _reaped:
             return
         reap(state)
+        _remove_forks(state)
         _reaped.add(state)
 
 
@@ -142,6 +143,7 @@ def _end(place: Path, record: dict[str, Any]) -> None:
     if pid and start and _start_time(pid) == start:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
+        cgroups.thaw(record["cgroup"])
         deadline = time.monotonic() + 5.0
         while _start_time(pid) == start and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -157,6 +159,12 @@ def _end(place: Path, record: dict[str, Any]) -> None:
         )
 
 
+def _remove_forks(state: StateDir) -> None:
+    """Layers of forks whose last user was killed: their leases are free."""
+    for place in state.images.glob(f"{leases.FORK_PREFIX}*") if state.images.is_dir() else ():
+        leases.remove_unused(str(place))
+
+
 def prune(*, keep_days: float | None = None, state: StateDir | None = None) -> Pruned:
     """Removes everything that nobody uses: orphans of dead clients, unfinished images, old base skeletons.
 
@@ -165,6 +173,7 @@ def prune(*, keep_days: float | None = None, state: StateDir | None = None) -> P
     """
     state = state or StateDir.from_environment()
     sandboxes, keepers = reap(state)
+    _remove_forks(state)
     removed = 0
     if state.images.is_dir():
         skeletons = sorted(state.images.glob(".base-*"), key=lambda path: path.stat().st_mtime)

@@ -86,11 +86,43 @@ class SandboxInfo:
     network: str
     created: float
     expires: float
+    paused: bool
+    """It stands still; the next call resumes it."""
     metadata: Mapping[str, str]
     limits: Mapping[str, str]
     """What holds each limit: 'cgroup', 'rlimit', 'tmpfs' or 'none'."""
     notes: tuple[str, ...]
     """What this host does differently, in sentences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paused:
+    """What a pause gave back."""
+
+    memory_before: int
+    """Bytes of memory charged to it when it stood still; 0 when unknown."""
+    memory_after: int
+    """After the kernel was asked to take back what it can."""
+    seconds: float
+    """From the call to the standstill, without the reclaim."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """The files of a sandbox at one moment; what `create(image=...)` takes. No process and no memory is in it."""
+
+    name: str
+    """An image of this host: `images.images()` lists it, `images.remove_image(name)` removes it."""
+    sandbox_id: str
+    """Whose files these are."""
+    parent: str
+    """The image under it."""
+    size_bytes: int
+    """What the sandbox had written, without what it shares with its image."""
+    entries: int
+    """Files and directories written or removed."""
+    seconds: float
+    """How long it stood still for the copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -90,7 +90,7 @@ class AsyncCommandHandle:
             "stderr": (self._stderr, _decoded(on_stderr)),
         }
         try:
-            async with asyncio.timeout(deadline):
+            async with session.deadline(deadline):
                 async for stream, data in self._process.events():
                     buffer, callback = targets[stream]
                     buffer += data

@@ -14,9 +14,10 @@ import builtins
 import contextlib
 import json
 import secrets
+import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,11 +28,20 @@ from rorqual.sandbox._async.files import AsyncFiles
 from rorqual.sandbox._async.pty import AsyncPty
 from rorqual.sandbox._guest import GuestClient
 from rorqual.sandbox._session import Session
-from rorqual.sandbox.errors import GuestError, InvalidRequest, LaunchFailed, SandboxNotFound, Unsupported
-from rorqual.sandbox.keeper import cgroups
+from rorqual.sandbox._snapshots import drop_fork, take
+from rorqual.sandbox.errors import (
+    GuestError,
+    InvalidRequest,
+    LaunchFailed,
+    SandboxError,
+    SandboxNotFound,
+    Unsupported,
+)
+from rorqual.sandbox.images import Bounds, store
+from rorqual.sandbox.keeper import cgroups, leases
 from rorqual.sandbox.keeper.client import KeeperDied, keeper_at
 from rorqual.sandbox.limits import Mount, SandboxSpec, parse_mounts
-from rorqual.sandbox.records import SandboxInfo
+from rorqual.sandbox.records import Paused, SandboxInfo, Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates import Launched, substrate
 from rorqual.sandbox.trajectory import Log, TrajectoryEntry, open_log
@@ -39,6 +49,8 @@ from rorqual.sandbox.trajectory import Log, TrajectoryEntry, open_log
 EDGE = "local"
 """The part of a sandbox's id that names its host; a later issue puts the edge's name here."""
 CONNECT_S = 20.0
+MAX_FORK = 100
+_BOUNDS = Bounds()
 
 
 class AsyncTrajectory:
@@ -77,7 +89,7 @@ class AsyncSandbox:
         cls,
         *,
         substrate: str = "container",
-        image: str = "base",
+        image: str | Snapshot = "base",
         timeout: float = 300.0,
         cpu: float = 1.0,
         memory_mb: int = 512,
@@ -102,6 +114,7 @@ class AsyncSandbox:
         inside. require: capabilities it must have. keep: outlive this process. trajectory: the log's file, by
         default the state directory's.
         runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
+        image: a name of `images.images()`, or what `snapshot()` returned.
 
         Raises:
             InvalidRequest: an argument is wrong.
@@ -112,7 +125,7 @@ class AsyncSandbox:
         """
         spec = SandboxSpec(
             substrate=substrate,
-            image=image,
+            image=image.name if isinstance(image, Snapshot) else image,
             timeout=timeout,
             cpu=cpu,
             memory_mb=memory_mb,
@@ -131,26 +144,31 @@ class AsyncSandbox:
         state = StateDir.from_environment()
         state.prepare()
         await asyncio.to_thread(prune.reap_once, state)
-        log_path = Path(trajectory) if trajectory is not None else state.trajectory
-        log = open_log(log_path)
+        path = Path.cwd() / trajectory if trajectory is not None else state.trajectory
+        return await cls._start(kind, spec, state=state, trajectory=path)
+
+    @classmethod
+    async def _start(
+        cls, kind: Any, spec: SandboxSpec, *, state: StateDir, trajectory: Path, forked_from: str = ""
+    ) -> AsyncSandbox:
+        log = open_log(trajectory)
         sandbox_id = f"sb-{EDGE}-{secrets.token_hex(6)}"
-        seq = await log.begin(sandbox=sandbox_id, kind="created", request=asdict(spec))
+        request = asdict(spec) | ({"forked_from": forked_from} if forked_from else {})
+        seq = await log.begin(sandbox=sandbox_id, kind="created", request=request)
         try:
-            launched = await kind.launch(
-                spec, sandbox_id=sandbox_id, state=state, trajectory=log_path.absolute()
-            )
+            launched = await kind.launch(spec, sandbox_id=sandbox_id, state=state, trajectory=trajectory)
             session = await _connect(launched, log)
         except BaseException as error:
             log.finish(sandbox=sandbox_id, seq=seq, result={"error": f"{type(error).__name__}: {error}"})
             raise
         log.finish(sandbox=sandbox_id, seq=seq, result={"runtime": launched.runtime})
-        return cls(session, state=state, owned=not keep)
+        return cls(session, state=state, owned=not spec.keep)
 
     @classmethod
     async def connect(cls, sandbox_id: str) -> AsyncSandbox:
         """A second hold on a live sandbox of this host and user, from this or another process.
 
-        Leaving its `with` block does not end the sandbox.
+        Leaving its `with` block does not end the sandbox. A paused one is resumed.
 
         Raises:
             SandboxNotFound: no live sandbox has this id; `cause` when its end is in the trajectory log.
@@ -164,6 +182,8 @@ class AsyncSandbox:
             answer = await asyncio.wrap_future(keeper.request("status", sandbox=sandbox_id))
         except KeeperDied as error:
             raise SandboxNotFound(sandbox_id, cause="infra") from error
+        if answer.get("still"):  # the agent could not even shake hands
+            await asyncio.wrap_future(keeper.request("resume", sandbox=sandbox_id))
         if "gone" in answer:
             raise SandboxNotFound(sandbox_id, cause=await asyncio.to_thread(_logged_cause, state, sandbox_id))
         cgroup = record["cgroup"]
@@ -204,12 +224,7 @@ class AsyncSandbox:
 
     async def info(self) -> SandboxInfo:
         """What it is and what holds its limits. Raises SandboxEnded when it is over."""
-        with self._session.alive():
-            record = _record(self._state, self.id)
-            if record is None:
-                await asyncio.wait_for(self._session.over.wait(), timeout=5.0)
-                raise self._session.end_error()
-            return _info(record)
+        return _info(await self._record())
 
     async def set_timeout(self, timeout: float) -> None:
         """Sets its remaining lifetime, seconds from now."""
@@ -246,21 +261,102 @@ class AsyncSandbox:
             available=["Sandbox.connect(id)", "trajectory.list()"],
         )
 
-    async def pause(self) -> None:
-        """Unsupported here."""
-        raise self._unsupported("pause")
+    async def pause(self, *, reclaim: bool = True) -> Paused:
+        """Stops every process of it, and with `reclaim` asks the kernel to take back memory it can do without.
+
+        The next call that needs its inside resumes it, from any client: commands, files, pty, connect. `info`,
+        `list`, `set_timeout`, `trajectory` and `kill` leave it paused. A call that is under way when the pause
+        comes resumes it at once; a command that runs does not. Lifetimes and command timeouts go on counting.
+
+        Raises:
+            Unsupported: no freezer cgroup can be used here (rootless).
+            SandboxError: it did not come to a standstill in 10 s.
+        """
+        session = self._session
+        record = await self._ready("pause")
+        seq = await session.log.begin(sandbox=self.id, kind="pause", request={"reclaim": reclaim})
+        result: dict[str, Any] = {"error": "abandoned"}
+        try:
+            start = time.monotonic()
+            answer = await session.keeper_call("pause")
+            seconds = time.monotonic() - start
+            before = after = cgroups.memory_used(record["cgroup"])
+            if reclaim and answer["paused"]:
+                await asyncio.to_thread(cgroups.reclaim, record["cgroup"])
+                after = cgroups.memory_used(record["cgroup"])
+            result = {"paused": answer["paused"], "memory_before": before, "memory_after": after}
+        except SandboxError as error:
+            result = {"error": str(error)}
+            raise
+        finally:
+            session.log.finish(sandbox=self.id, seq=seq, result=result)
+        return Paused(memory_before=before, memory_after=after, seconds=seconds)
 
     async def resume(self) -> None:
-        """Unsupported here."""
-        raise self._unsupported("resume")
+        """Lets a paused sandbox go on. Needed only for what runs inside: every call resumes it by itself."""
+        await self._ready("pause")
+        await self._session.resume(by="resume()")
 
-    async def snapshot(self) -> str:
-        """Unsupported here."""
-        raise self._unsupported("snapshot")
+    async def snapshot(self, *, bounds: Bounds = _BOUNDS) -> Snapshot:
+        """Its files as they are now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
 
-    async def fork(self, *, count: int = 1) -> builtins.list[AsyncSandbox]:
-        """Unsupported here."""
-        raise self._unsupported(f"fork(count={count})")
+        It stands still for the copy. Contained: everything written outside of mounts, /dev and /proc. Not
+        contained: processes, memory, /dev/shm, the variables given to `create`.
+
+        Raises:
+            Unsupported: no freezer cgroup can be used here (rootless).
+            ImageRejected: more was written than `bounds` allow, or something no layer can hold.
+        """
+        return await self._take("snapshot", name=f"snap-{secrets.token_hex(6)}", bounds=bounds)
+
+    async def commit(self, name: str, *, bounds: Bounds = _BOUNDS) -> Snapshot:
+        """As `snapshot`, under a name of your choice; an image of that name gives way.
+
+        Raises:
+            InvalidRequest: not a name for an image.
+            ImageError: the older image is in use, or others are built on it.
+        """
+        if store.image_directory(name, state=self._state).name in store.BASE_NAMES:
+            raise InvalidRequest(f"image: {name!r} is this host's own; choose another name")
+        return await self._take("commit", name=name, bounds=bounds)
+
+    async def fork(
+        self, *, count: int = 1, timeout: float | None = None, bounds: Bounds = _BOUNDS
+    ) -> builtins.list[AsyncSandbox]:
+        """`count` new sandboxes with the files of this one, which runs on; all or none.
+
+        A disk fork: no process and no memory is carried over. They get this one's limits, variables and mounts,
+        an id, a host name and a trajectory of their own, and share one copy of the files until they write.
+        timeout: their lifetime from now, in seconds; None: what this one was created with.
+
+        Raises:
+            Unsupported, ImageRejected: as `snapshot`. LaunchFailed: one did not start; none is left.
+        """
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_FORK:
+            raise InvalidRequest(f"count: {count!r} must be a whole number from 1 to {MAX_FORK}")
+        record = await self._ready("disk_fork")
+        session = self._session
+        spec = SandboxSpec(
+            **record["spec"] | {"mounts": parse_mounts(record["spec"]["mounts"]), "keep": False}
+        )
+        if timeout is not None:
+            spec = replace(spec, timeout=timeout)
+        seq = await session.log.begin(sandbox=self.id, kind="fork", request={"count": count})
+        result: dict[str, Any] = {"error": "abandoned"}
+        try:
+            taken, held = await take(session, record, name="", state=self._state, bounds=bounds)
+            try:
+                spec = replace(spec, image=taken.name)
+                children = await self._start_all(spec, count, Path(record["trajectory"]))
+            finally:
+                await asyncio.to_thread(drop_fork, taken.name, held, state=self._state)
+            result = {"children": [child.id for child in children]}
+        except SandboxError as error:
+            result = {"error": str(error)}
+            raise
+        finally:
+            session.log.finish(sandbox=self.id, seq=seq, result=result)
+        return children
 
     async def __aenter__(self) -> AsyncSandbox:
         return self
@@ -303,9 +399,63 @@ class AsyncSandbox:
             await session.close()
         return alive
 
-    def _unsupported(self, feature: str) -> Unsupported:
-        names = sorted(substrate("container").capabilities())
-        return Unsupported(feature, reason="the container substrate does not have it yet", available=names)
+    async def _record(self) -> dict[str, Any]:
+        with self._session.alive():
+            record = _record(self._state, self.id)
+            if record is None:
+                await asyncio.wait_for(self._session.over.wait(), timeout=5.0)
+                raise self._session.end_error()
+            return record
+
+    async def _ready(self, capability: str) -> dict[str, Any]:
+        """Its record, when it can do that. Raises Unsupported, SandboxEnded."""
+        record = await self._record()
+        names = substrate(record["substrate"]).capabilities()
+        if capability not in names or not record["cgroup"]:
+            raise Unsupported(
+                capability,
+                reason="it needs a freezer cgroup, and this sandbox has none (rootless, or cgroups not writable)",
+                available=sorted(names - {"pause", "disk_snapshot", "disk_fork", "commit"}),
+            )
+        return record
+
+    async def _take(self, kind: str, *, name: str, bounds: Bounds) -> Snapshot:
+        record = await self._ready("disk_snapshot")
+        log = self._session.log
+        seq = await log.begin(sandbox=self.id, kind=kind, request={"image": name})
+        result: dict[str, Any] = {"error": "abandoned"}
+        try:
+            taken, held = await take(self._session, record, name=name, state=self._state, bounds=bounds)
+            leases.give(held)
+            result = asdict(taken)
+        except SandboxError as error:
+            result = {"error": str(error)}
+            raise
+        finally:
+            log.finish(sandbox=self.id, seq=seq, result=result)
+        return taken
+
+    async def _start_all(
+        self, spec: SandboxSpec, count: int, trajectory: Path
+    ) -> builtins.list[AsyncSandbox]:
+        """All or none, also when the caller is cancelled."""
+        kind = substrate(spec.substrate)
+        tasks = [
+            asyncio.create_task(
+                self._start(kind, spec, state=self._state, trajectory=trajectory, forked_from=self.id)
+            )
+            for _ in range(count)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            ended = await asyncio.shield(asyncio.gather(*tasks, return_exceptions=True))
+            for child in ended:
+                if isinstance(child, AsyncSandbox):
+                    await child.kill()
+            raise
 
 
 def _substrate(spec: SandboxSpec, require: Sequence[str]) -> Any:
@@ -381,6 +531,7 @@ def _info(record: Mapping[str, Any]) -> SandboxInfo:
         network=record["network"],
         created=record["created"],
         expires=record["expires"],
+        paused=record.get("paused", False),
         metadata=record["metadata"],
         limits=record["limits"],
         notes=tuple(record["notes"]),

@@ -8,13 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rorqual.sandbox._async.sandbox import AsyncSandbox, AsyncTrajectory
+from rorqual.sandbox._async.sandbox import _BOUNDS, AsyncSandbox, AsyncTrajectory
 from rorqual.sandbox._portal import run
 from rorqual.sandbox._sync.commands import Commands
 from rorqual.sandbox._sync.files import Files
 from rorqual.sandbox._sync.pty import Pty
+from rorqual.sandbox.images import Bounds
 from rorqual.sandbox.limits import Mount
-from rorqual.sandbox.records import SandboxInfo
+from rorqual.sandbox.records import Paused, SandboxInfo, Snapshot
 from rorqual.sandbox.trajectory import TrajectoryEntry
 
 
@@ -44,7 +45,7 @@ class Sandbox:
         cls,
         *,
         substrate: str = "container",
-        image: str = "base",
+        image: str | Snapshot = "base",
         timeout: float = 300.0,
         cpu: float = 1.0,
         memory_mb: int = 512,
@@ -69,6 +70,7 @@ class Sandbox:
         inside. require: capabilities it must have. keep: outlive this process. trajectory: the log's file, by
         default the state directory's.
         runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
+        image: a name of `images.images()`, or what `snapshot()` returned.
 
         Raises:
             InvalidRequest: an argument is wrong.
@@ -105,7 +107,7 @@ class Sandbox:
     def connect(cls, sandbox_id: str) -> Sandbox:
         """A second hold on a live sandbox of this host and user, from this or another process.
 
-        Leaving its `with` block does not end the sandbox.
+        Leaving its `with` block does not end the sandbox. A paused one is resumed.
 
         Raises:
             SandboxNotFound: no live sandbox has this id; `cause` when its end is in the trajectory log.
@@ -153,21 +155,57 @@ class Sandbox:
         """Unsupported yet: replaying the log for a restarted client. `connect` and `trajectory.list` are there."""
         return cls(run(AsyncSandbox.attach(sandbox_id, fast_forward=fast_forward)))
 
-    def pause(self) -> None:
-        """Unsupported here."""
-        run(self._inner.pause())
+    def pause(self, *, reclaim: bool = True) -> Paused:
+        """Stops every process of it, and with `reclaim` asks the kernel to take back memory it can do without.
+
+        The next call that needs its inside resumes it, from any client: commands, files, pty, connect. `info`,
+        `list`, `set_timeout`, `trajectory` and `kill` leave it paused. A call that is under way when the pause
+        comes resumes it at once; a command that runs does not. Lifetimes and command timeouts go on counting.
+
+        Raises:
+            Unsupported: no freezer cgroup can be used here (rootless).
+            SandboxError: it did not come to a standstill in 10 s.
+        """
+        return run(self._inner.pause(reclaim=reclaim))
 
     def resume(self) -> None:
-        """Unsupported here."""
+        """Lets a paused sandbox go on. Needed only for what runs inside: every call resumes it by itself."""
         run(self._inner.resume())
 
-    def snapshot(self) -> str:
-        """Unsupported here."""
-        return run(self._inner.snapshot())
+    def snapshot(self, *, bounds: Bounds = _BOUNDS) -> Snapshot:
+        """Its files as they are now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
 
-    def fork(self, *, count: int = 1) -> builtins.list[Sandbox]:
-        """Unsupported here."""
-        return [Sandbox(item) for item in run(self._inner.fork(count=count))]
+        It stands still for the copy. Contained: everything written outside of mounts, /dev and /proc. Not
+        contained: processes, memory, /dev/shm, the variables given to `create`.
+
+        Raises:
+            Unsupported: no freezer cgroup can be used here (rootless).
+            ImageRejected: more was written than `bounds` allow, or something no layer can hold.
+        """
+        return run(self._inner.snapshot(bounds=bounds))
+
+    def commit(self, name: str, *, bounds: Bounds = _BOUNDS) -> Snapshot:
+        """As `snapshot`, under a name of your choice; an image of that name gives way.
+
+        Raises:
+            InvalidRequest: not a name for an image.
+            ImageError: the older image is in use, or others are built on it.
+        """
+        return run(self._inner.commit(name, bounds=bounds))
+
+    def fork(
+        self, *, count: int = 1, timeout: float | None = None, bounds: Bounds = _BOUNDS
+    ) -> builtins.list[Sandbox]:
+        """`count` new sandboxes with the files of this one, which runs on; all or none.
+
+        A disk fork: no process and no memory is carried over. They get this one's limits, variables and mounts,
+        an id, a host name and a trajectory of their own, and share one copy of the files until they write.
+        timeout: their lifetime from now, in seconds; None: what this one was created with.
+
+        Raises:
+            Unsupported, ImageRejected: as `snapshot`. LaunchFailed: one did not start; none is left.
+        """
+        return [Sandbox(item) for item in run(self._inner.fork(count=count, timeout=timeout, bounds=bounds))]
 
     def __enter__(self) -> Sandbox:
         return self

@@ -89,6 +89,12 @@ class RootFs:
     """Variables the image sets; the request's own come after them."""
     notes: tuple[str, ...] = field(default=())
     """What `info()` and `doctor` say about it."""
+    plain: Mapping[str, int] = field(default_factory=dict)
+    """Per target: how many of its directories, from the top, are snapshots' layers, whose owners are host ids."""
+    id_base: int | None = None
+    """The first host id of the sandboxes those layers came from; None where they had none of their own."""
+    leases: tuple[str, ...] = ()
+    """Lease files of those layers (keeper/leases.py)."""
 
 
 def python_home(environ_prefix: str = sys.base_prefix) -> tuple[str, str]:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rorqual.sandbox.errors import ImageNotFound, InvalidRequest
+from rorqual.sandbox.errors import ImageError, ImageNotFound, InvalidRequest
+from rorqual.sandbox.images import snapshots
 from rorqual.sandbox.images.base import RootFs, base_image
+from rorqual.sandbox.keeper import leases
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
 
@@ -29,7 +31,7 @@ class ImageInfo:
 
     name: str
     origin: str
-    """'host', 'debian' or 'oci'."""
+    """'host', 'debian', 'oci' or 'snapshot'."""
     size_bytes: int | None
     """Sum of its files; None for the host's own directories."""
     digest: str
@@ -66,11 +68,24 @@ def images(*, state: StateDir | None = None) -> list[ImageInfo]:
 
 
 def remove_image(name: str, *, state: StateDir | None = None) -> bool:
-    """Removes an image; False when there was none. Sandboxes that run on it must be gone first."""
+    """Removes an image; False when there was none. Sandboxes that run on it must be gone first.
+
+    Raises:
+        ImageError: snapshots are built on it, or (a snapshot) a live sandbox runs on it.
+    """
     state = state or StateDir.from_environment()
     place = image_directory(name, state=state)
     if not place.is_dir():
         return False
+    above = [child for child, parent in snapshots.parents(state).items() if parent == name]
+    if above:
+        raise ImageError(
+            f"image {name!r} cannot go: {', '.join(sorted(above))} is built on it; remove that first"
+        )
+    if (place / leases.FILE).exists():
+        if not leases.remove_unused(str(place)):
+            raise ImageError(f"image {name!r} cannot go: a live sandbox runs on it; kill that first")
+        return True
     doomed = state.images / f".removing-{os.getpid()}-{place.name}"
     os.rename(place, doomed)
     remove_tree(str(doomed))
@@ -84,6 +99,9 @@ def install(building: Path, *, name: str, state: StateDir, record: dict[str, Any
         json.dump(record, file)
         file.flush()
         os.fsync(file.fileno())
+    if snapshots.FORK_NAME.fullmatch(name):
+        os.rename(building, state.images / name)
+        return
     remove_image(name, state=state)
     os.rename(building, image_directory(name, state=state))
     fd = os.open(state.images, os.O_RDONLY | os.O_DIRECTORY)
@@ -103,8 +121,12 @@ def root_file_system(name: str, *, state: StateDir) -> RootFs:
     state.prepare()
     if name in BASE_NAMES:
         return base_image(state.images)
-    place = image_directory(name, state=state)
+    fork = snapshots.FORK_NAME.fullmatch(name)
+    place = state.images / name if fork else image_directory(name, state=state)
     if not (place / "image.json").is_file():
         raise ImageNotFound(name, known=[info.name for info in images(state=state)])
     record = json.loads((place / "image.json").read_text(encoding="utf-8"))
+    if "stack" in record:
+        parent = root_file_system(record["parent"], state=state)
+        return snapshots.on_top(name, place, record, parent)
     return RootFs(overlays=(("/", (str(place / "rootfs"),)),), envs=record["envs"])

@@ -2,7 +2,8 @@
 
 The OCI runtime creates them (it knows every limit's file); this file finds, reads and removes them, so that
 the end of a sandbox costs no runtime call. Path: <hierarchy>/rorqual-<sandbox id>, without a common parent:
-removing one would race with the next launch.
+removing one would race with the next launch. It also freezes one, and gives back what memory the kernel can spare.
+Sources: cgroup-v1/freezer-subsystem.rst, cgroup-v1/memory.rst, cgroup-v2.rst of the kernel's documentation.
 """
 
 from __future__ import annotations
@@ -57,8 +58,96 @@ class OomCounter:
         return 0
 
 
+class Freezer:
+    """Stops and continues every process of the cgroup. Finds its file once; `available` when there is one."""
+
+    def __init__(self, path: str) -> None:
+        points = hierarchies() if path else {}
+        places = [
+            (f"{points[key]}{path}", name, stop, go)
+            for key, name, stop, go in (
+                ("freezer", "freezer.state", "FROZEN", "THAWED"),
+                ("unified", "cgroup.freeze", "1", "0"),
+            )
+            if key in points
+        ]
+        self._place, self._name, self._stop, self._go = next(
+            (place for place in places if os.path.exists(f"{place[0]}/{place[1]}")), ("", "", "", "")
+        )
+
+    @property
+    def available(self) -> bool:
+        return bool(self._place)
+
+    def freeze(self) -> None:
+        """Asks for it; `frozen` tells when the last process has stopped. Raises OSError."""
+        self._write(self._stop)
+
+    def thaw(self) -> None:
+        """Raises OSError."""
+        self._write(self._go)
+
+    def frozen(self) -> bool:
+        """Whether no process runs any more. Raises OSError."""
+        name = "freezer.state" if self._name == "freezer.state" else "cgroup.events"
+        with open(f"{self._place}/{name}", encoding="ascii") as file:
+            words = file.read().split()
+        return words == ["FROZEN"] or "frozen 1" in " ".join(words)
+
+    def _write(self, text: str) -> None:
+        with open(f"{self._place}/{self._name}", "w", encoding="ascii") as file:
+            file.write(text)
+
+
+def can_freeze() -> bool:
+    """Whether this host has a freezer that this user may use for a new sandbox."""
+    points = hierarchies()
+    place = points.get("freezer") or (points.get("unified") if "memory" not in points else None)
+    return place is not None and os.geteuid() == 0 and os.access(place, os.W_OK)
+
+
+def thaw(path: str) -> None:
+    """In a v1 freezer not even SIGKILL reaches a frozen process before this."""
+    freezer = Freezer(path)
+    if freezer.available:
+        with contextlib.suppress(OSError):
+            freezer.thaw()
+
+
+def memory_used(path: str) -> int:
+    """Bytes charged to the cgroup now; 0 when unknown."""
+    points = hierarchies() if path else {}
+    for key, name in (("memory", "memory.usage_in_bytes"), ("unified", "memory.current")):
+        with (
+            contextlib.suppress(OSError, ValueError),
+            open(f"{points.get(key, '')}{path}/{name}", encoding="ascii") as file,
+        ):
+            return int(file.read())
+    return 0
+
+
+def reclaim(path: str) -> bool:
+    """Asks the kernel to take back what the cgroup can do without: clean file pages, swap where it has some.
+
+    False where the kernel offers no way. Blocks for as long as the kernel tries.
+    """
+    points = hierarchies()
+    for key, name, text in (
+        ("memory", "memory.force_empty", "0"),
+        ("unified", "memory.reclaim", str(memory_used(path))),
+    ):
+        file = f"{points[key]}{path}/{name}" if key in points else ""
+        if file and os.path.exists(file):
+            # EAGAIN, EBUSY: it took what it could, and that was not all
+            with contextlib.suppress(OSError), open(file, "w", encoding="ascii") as handle:
+                handle.write(text)
+            return True
+    return False
+
+
 def kill_all(path: str) -> None:
     """SIGKILL to every process of the cgroup, until none is left or a second has passed."""
+    thaw(path)
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
         pids: set[int] = set()

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import subprocess
 from typing import Any
 
@@ -99,10 +100,13 @@ def _target(path: str, *, directory: bool, owner: int = 0) -> str:
 def _overlay(index: int, spec: dict[str, Any], *, disk: str, idmap_fd: int | None, userxattr: bool) -> None:
     lowers: list[str] = []
     for number, lower in enumerate(spec["lower"]):
-        if idmap_fd is not None:
+        plain = number < spec.get(
+            "plain", 0
+        )  # a sandbox's own files, which have its host ids on disk already
+        if idmap_fd is not None or plain:
             place = f"{STAGE}/lower{index}.{number}"
             os.mkdir(place)
-            linux.bind(lower, place, readonly=True, idmap_fd=idmap_fd)
+            linux.bind(lower, place, readonly=True, idmap_fd=None if plain else idmap_fd)
             lower = place
         if ":" in lower or "," in lower:
             raise ValueError(f"{lower}: a layer's path must hold no ':' or ','")
@@ -110,10 +114,17 @@ def _overlay(index: int, spec: dict[str, Any], *, disk: str, idmap_fd: int | Non
     upper, work = f"{disk}/upper{index}", f"{disk}/work{index}"
     os.mkdir(upper, 0o755)
     os.mkdir(work, 0o755)
-    os.chown(upper, spec["uid"], spec["gid"])
+    if spec.get("plain", 0):
+        first = os.stat(lowers[0])
+        os.chmod(upper, stat.S_IMODE(first.st_mode))
+        os.chown(upper, first.st_uid, first.st_gid)
+    else:
+        os.chown(upper, spec["uid"], spec["gid"])
     target = _target(spec["target"], directory=True, owner=spec["uid"])
     data = f"lowerdir={':'.join(lowers)},upperdir={upper},workdir={work}"
-    linux.mount("overlay", target, fstype="overlay", data=data + (",userxattr" if userxattr else ""))
+    # Without these a layer stands on its own, so that a snapshot of it does (keeper/layers.py).
+    data += ",userxattr" if userxattr else ",redirect_dir=nofollow,metacopy=off,index=off"
+    linux.mount("overlay", target, fstype="overlay", data=data)
 
 
 def _mounts(order: dict[str, Any], idmaps: Idmaps | None) -> None:
@@ -142,7 +153,10 @@ def _mounts(order: dict[str, Any], idmaps: Idmaps | None) -> None:
     for index, spec in enumerate(order["overlays"]):
         _overlay(index, spec, disk=disk, idmap_fd=lower_fd, userxattr=order["userxattr"])
     for item in order["directories"]:
+        there = os.path.lexists(ROOT + item["path"])
         place = _target(item["path"], directory=True, owner=order["owner"])
+        if there and order.get("seeded"):  # the snapshot's own, with the owner and the mode it had
+            continue
         os.chown(place, item["uid"], item["gid"])
         os.chmod(place, item["mode"])
     for item in order["files"]:
@@ -167,9 +181,9 @@ def listen(directory: str, name: str) -> socket.socket:
     return listener
 
 
-def run(order: dict[str, Any], *, idmaps: Idmaps | None) -> None:
+def run(order: dict[str, Any], *, idmaps: Idmaps | None, channel: socket.socket | None = None) -> None:
     """Runs in the forked child; ends in exec, or writes `stage: reason` to the sandbox's error file and exits
-    70."""
+    70. Hands the disk's directory to the keeper through `channel`, since no path leads there afterwards."""
     stage = "start"
     directory = order["directory"]
     try:
@@ -194,6 +208,9 @@ def run(order: dict[str, Any], *, idmaps: Idmaps | None) -> None:
             linux.prctl(linux.PR_SET_PDEATHSIG, 9)  # a change of credentials clears it
         stage = "mounts"
         _mounts(order, idmaps)
+        if channel is not None:
+            disk = os.open(STAGE + "/disk", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            socket.send_fds(channel, [b"d"], [disk])
         stage = "bundle"
         with open(BUNDLE + "/config.json", "w", encoding="utf-8") as file:
             json.dump(order["config"], file)

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from rorqual.sandbox.keeper import cgroups, launch, linux
+from rorqual.sandbox.keeper import cgroups, holds, launch, leases, linux
 from rorqual.sandbox.keeper.removal import remove_tree
 
 MAX_LINE = 4 << 20
@@ -57,6 +57,14 @@ class Entry:
         self.asked_detail = ""
         self.waiters: list[tuple[Peer, int]] = []
         self.reply: tuple[Peer, int] | None = None
+        self.channel: socket.socket | None = None
+        """Where the launcher hands over `disk`."""
+        self.disk: int | None = None
+        """Descriptor of the directory with the overlays' upper layers, which no path leads to."""
+        self.leases: list[int] = []
+        self.hold: holds.Hold | None = None
+        self.stillness = (False, False)
+        """(stands still, was paused), as last told to the clients."""
 
 
 class Keeper:
@@ -72,6 +80,9 @@ class Keeper:
         self.idmaps = launch.Idmaps() if os.geteuid() == 0 else None
         self.owner_alive = True
         self.peers: set[Peer] = set()
+        self.unused: set[str] = set()
+        """Directories of forks' layers that may have lost their last user."""
+        self.holds = holds.Holds(self.stillness_changed, lambda peer, document: peer.send(document))
         # Locked before it has its name: a reaper must never meet a lock file of the living that is free.
         self.lock = os.open(directory + "/lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,7 +134,8 @@ class Keeper:
         while self.owner_alive or self.entries:
             now = time.monotonic()
             nearest = min((entry.deadline for entry in self.entries.values()), default=now + 3600)
-            for key, _ in self.selector.select(max(0.0, nearest - now)):
+            pause = holds.POLL_S if self.holds.waiting else nearest - now
+            for key, _ in self.selector.select(max(0.0, pause)):
                 if key.data == "wake":
                     with contextlib.suppress(BlockingIOError):
                         os.read(self.wake, 4096)
@@ -135,6 +147,7 @@ class Keeper:
                     self.owner_died()
                 elif isinstance(key.data, Peer) and key.data in self.peers:
                     self.read(key.data)
+            self.holds.tick()
             now = time.monotonic()
             for entry in list(self.entries.values()):
                 if entry.deadline <= now:
@@ -148,6 +161,7 @@ class Keeper:
         for pid in children():  # no sandbox is left, so whatever a broken launch orphaned to us goes, too
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+        self.remove_unused()
         remove_tree(self.directory)
 
     def read(self, peer: Peer) -> None:
@@ -176,8 +190,13 @@ class Keeper:
         if op == "launch":
             entry = Entry(request["order"])
             entry.reply = (peer, number)
-            os.mkdir(entry.directory, 0o700)
-            self.write_record(entry)
+            entry.leases = leases.take(entry.order.get("leases", []))
+            try:
+                os.mkdir(entry.directory, 0o700)
+                self.write_record(entry)
+            except OSError:
+                leases.give(entry.leases)
+                raise
             self.entries[entry.id] = entry
             self.queue.append(entry)
             self.start_queued()
@@ -196,9 +215,20 @@ class Keeper:
                 self.write_record(entry)
             peer.send({"id": number, "expires": entry.expires})
         elif op == "status":
-            peer.send({"id": number, "expires": entry_or_none.expires, "init_pid": entry_or_none.init_pid})
+            still = entry_or_none.stillness[0]
+            init_pid, expires = entry_or_none.init_pid, entry_or_none.expires
+            peer.send({"id": number, "expires": expires, "init_pid": init_pid, "still": still})
+        elif op in ("pause", "resume", "snapshot"):
+            self.holds.handle(entry_or_none, peer, request)
+        elif op == "abort_snapshot":
+            self.holds.abort(entry_or_none)
+            peer.send({"id": number})
         else:
             raise ValueError(f"unknown operation {op!r}")
+
+    def remove_unused(self) -> None:
+        """A launch under way may hold a copy of a lease for a moment: what is left is tried again at the next end."""
+        self.unused = {place for place in self.unused if not leases.remove_unused(place)}
 
     # -- launching
     # ---------------------------------------------------------------------------------------------
@@ -208,6 +238,10 @@ class Keeper:
             entry = self.queue.pop(0)
             self.launching += 1
             try:
+                channel: socket.socket | None = None
+                if entry.order["cgroup"]:
+                    entry.channel, channel = socket.socketpair()
+                    entry.channel.setblocking(False)
                 if self.idmaps is not None:  # made here, not in the child, so that the next launch finds them
                     for pair in entry.order["idmaps"]:
                         self.idmaps.fd(*pair)
@@ -220,8 +254,10 @@ class Keeper:
                 signal.set_wakeup_fd(-1)
                 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM, signal.SIGCHLD):
                     signal.signal(number, signal.SIG_DFL)
-                launch.run(entry.order, idmaps=self.idmaps)
+                launch.run(entry.order, idmaps=self.idmaps, channel=channel)
                 os._exit(70)
+            if channel is not None:
+                channel.close()
             entry.runtime_pid = pid
             self.by_pid[pid] = entry
 
@@ -233,6 +269,8 @@ class Keeper:
                 return
             if pid == 0:
                 return
+            if self.holds.reaped(pid, status):
+                continue
             entry = self.by_pid.pop(pid, None)
             if entry is None:
                 if len(self.strays) < 1024:
@@ -249,6 +287,9 @@ class Keeper:
         try:
             if status:
                 raise OSError(f"exit status {os.waitstatus_to_exitcode(status)}")
+            if entry.channel is not None:
+                _, fds, _, _ = socket.recv_fds(entry.channel, 1, 1)
+                entry.disk = fds[0] if fds else None
             with open(entry.directory + "/init.pid", encoding="ascii") as file:
                 entry.init_pid = int(file.read())
             for name, value in entry.order["rlimits"].items():
@@ -304,11 +345,19 @@ class Keeper:
             "init_pid": entry.init_pid,
             "init_start": start,
             "expires": entry.expires,
+            "paused": entry.stillness[1],
         }
         temporary = entry.directory + "/record.tmp"
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(record, file)
         os.rename(temporary, entry.directory + "/record.json")
+
+    def stillness_changed(self, entry: Entry) -> None:
+        """Tells every client that a sandbox stands still, or runs again."""
+        self.write_record(entry)
+        still, paused = entry.stillness
+        for peer in self.peers:
+            peer.send({"event": "still", "sandbox": entry.id, "still": still, "paused": paused})
 
     # -- ending
     # ------------------------------------------------------------------------------------------------
@@ -330,6 +379,8 @@ class Keeper:
         """
         if entry.init_pid in self.by_pid:  # not yet reaped, so the number cannot have been reused
             os.kill(entry.init_pid, signal.SIGKILL)
+            if entry.hold is not None:
+                cgroups.thaw(entry.order["cgroup"])
         elif force and entry.runtime_pid in self.by_pid:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(entry.runtime_pid, signal.SIGKILL)
@@ -338,6 +389,12 @@ class Keeper:
         """The first process is gone (or never came): name the cause, remove everything, tell everybody."""
         self.entries.pop(entry.id, None)
         self.by_pid.pop(entry.init_pid, None)
+        self.holds.ended(entry)
+        if entry.channel is not None:
+            entry.channel.close()
+        if entry.disk is not None:
+            os.close(entry.disk)
+            entry.disk = None
         path = entry.order["cgroup"]
         cause, detail = entry.asked_cause, entry.asked_detail
         if not cause:
@@ -354,6 +411,11 @@ class Keeper:
             if stuck:
                 detail += f"; cgroups left: {' '.join(stuck)}"
         remove_directory(entry.directory, entry.order["userns"])
+        leases.give(entry.leases)
+        self.unused |= {
+            place for path in entry.order.get("leases", []) if leases.is_fork(place := os.path.dirname(path))
+        }
+        self.remove_unused()
         if entry.order["trajectory"]:
             try:
                 from rorqual.sandbox import trajectory_store  # sqlite3 is loaded when first needed

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ NETWORKS = ("offline",)
 _CAPABILITIES = frozenset(
     {"commands", "files", "pty", "background", "reattach", "trajectory", "mounts", "network:offline"}
 )
+_NEED_FREEZER = frozenset({"pause", "disk_snapshot", "disk_fork", "commit"})
+"""Files and processes must stand still together: where no freezer cgroup can be used, none of these is offered."""
 _LAUNCH_DEADLINE_S = 120.0
 """96 launches at once on two cores take a few seconds; a runtime that hangs must not hang its caller."""
 
@@ -55,7 +57,7 @@ class Container:
         self._proven: dict[tuple[str, ...], host.HostPlan] = {}
 
     def capabilities(self) -> frozenset[str]:
-        return _CAPABILITIES
+        return _CAPABILITIES | _NEED_FREEZER if cgroups.can_freeze() else _CAPABILITIES
 
     async def launch(
         self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
@@ -76,6 +78,11 @@ class Container:
                 )
         spec = _with_user(spec, plan)
         root = images.root_file_system(spec.image, state=state)
+        if root.leases and (plan.rootless or plan.id_base != root.id_base):
+            raise HostUnfit(
+                f"the files of {spec.image!r} belong to host ids from {root.id_base}, and sandboxes here get "
+                f"{plan.id_base}: take the snapshot again on this host."
+            )
         guest = guest_binary()
         keeper = await asyncio.to_thread(own_keeper, state)
         key = tuple(path for _, path in plan.runtimes)
@@ -266,9 +273,17 @@ def launch_order(
         "idmaps": sorted(pairs),
         "owner": owner,
         "overlays": [
-            {"target": target, "lower": list(lower), "uid": owner, "gid": owner}
+            {
+                "target": target,
+                "lower": list(lower),
+                "plain": root.plain.get(target, 0),
+                "uid": owner,
+                "gid": owner,
+            }
             for target, lower in root.overlays
         ],
+        "seeded": bool(root.leases),
+        "leases": list(root.leases),
         "directories": directories,
         "files": [],
         "binds": binds,
@@ -294,6 +309,8 @@ def launch_order(
             "network": spec.network,
             "metadata": dict(spec.metadata),
             "created": time.time(),
+            "spec": asdict(spec),
+            "id_base": plan.id_base,
             "cgroup": cgroup,
             "trajectory": str(trajectory),
             "limits": {
