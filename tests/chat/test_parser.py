@@ -5,7 +5,21 @@ import random
 from itertools import pairwise
 
 import pytest
-from conversations import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rorqual.chat import (
+    ChatError,
+    Message,
+    ParserOptions,
+    StreamParser,
+    ToolCall,
+    parse,
+    parse_pieces,
+    render,
+)
+from rorqual.chat.marks import TokenMarks
+from tests.chat.conversations import (
     BOS,
     EOS,
     MARKUP,
@@ -22,20 +36,6 @@ from conversations import (
     param,
     texts,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from rorqual.chat import (
-    ChatError,
-    Message,
-    ParserOptions,
-    StreamParser,
-    ToolCall,
-    parse,
-    parse_pieces,
-    render,
-)
-from rorqual.chat.marks import TokenMarks
 
 USER = {"role": "user", "content": "go"}
 MODES = st.sampled_from(["thinking", "chat"])

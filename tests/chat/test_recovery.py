@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from conversations import EOS, TOOLS, D, block, invoke, param
 
 from rorqual.chat import ParseError, ParserOptions, StreamParser, parse
+from tests.chat.conversations import EOS, TOOLS, D, block, invoke, param
 
 LS = param("command", "ls")
 BASH = invoke("bash", LS)

@@ -3,12 +3,22 @@
 import json
 
 import pytest
-from conversations import BOS, EOS, SPECIALS, TOOLS, D, agent_turns, assistants, hostile_texts, texts
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rorqual.chat import Message, RenderError, ToolCall, render, render_bridge, render_segments
 from rorqual.chat.profile import SPECIAL_TOKENS
+from tests.chat.conversations import (
+    BOS,
+    EOS,
+    SPECIALS,
+    TOOLS,
+    D,
+    agent_turns,
+    assistants,
+    hostile_texts,
+    texts,
+)
 
 U, A, T, TE = "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"
 MODES = st.sampled_from(["thinking", "chat"])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from conversations import EOS, TOOLS, D, agent_turns, assistants, hostile_texts, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +23,7 @@ from rorqual.chat import (
     train_bpe,
 )
 from rorqual.chat.profile import SPECIAL_TOKENS
+from tests.chat.conversations import EOS, TOOLS, D, agent_turns, assistants, hostile_texts, texts
 
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=40) | hostile_texts
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.oracles.attention import attention as oracle
 
 from rorqual.kernels import attend, attend_blocks
+from tests.oracles.attention import attention as oracle
 
 SHAPE = {"batch": 2, "heads": 3, "width": 6, "window": 4, "ratio": 4}
 

@@ -10,12 +10,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.oracles.official_checkpoint import exact_values, official
 
 from rorqual.model import checkpoint, dialects, shapes
 from rorqual.model.config import Config
 from rorqual.model.errors import CheckpointError
 from rorqual.model.shapes import expected_shapes
+from tests.oracles.official_checkpoint import exact_values, official
 
 SMALL = Config(
     vocab_size=96,

@@ -12,11 +12,11 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.oracles.official_checkpoint import official
 
 from rorqual.model import checkpoint
 from rorqual.model.config import Config
 from rorqual.model.transformer import Model
+from tests.oracles.official_checkpoint import official
 
 transformers = pytest.importorskip("transformers", reason="the numerical oracle: pip install 'rorqual[dev]'")
 from transformers.models.deepseek_v4 import DeepseekV4Config, DeepseekV4ForCausalLM  # noqa: E402

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.oracles import quant as oracle
 
 from rorqual.model import quant
 from rorqual.model.errors import CheckpointError
+from tests.oracles import quant as oracle
 
 BOTH = [
     pytest.param(quant.quant_dequant_fp8, oracle.fp8, 64, id="fp8"),

@@ -22,7 +22,7 @@ SMALL = Config.preset("tiny").replace(
     hidden_size=32, num_hidden_layers=3, compress_ratios=(0, 4, 32), head_dim=32, num_attention_heads=2,
     q_lora_rank=16, o_lora_rank=16, index_head_dim=16, n_routed_experts=4, moe_intermediate_size=16,
 )  # fmt: skip
-RECIPE = SFTConfig(steps=6, batch_tokens=512, vocab_size=300, corpus=40, warmup=2, checkpoint_every=2)
+RECIPE = SFTConfig(steps=6, batch_tokens=1536, vocab_size=300, corpus=40, warmup=2, checkpoint_every=2)
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +64,54 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    sft.run(tmp_path, RECIPE, model_config=SMALL)
+def test_a_checkpoint_of_another_model_or_recipe_is_refused(tmp_path):
+    sft.run(tmp_path, dataclasses.replace(RECIPE, steps=1), model_config=SMALL)
     with pytest.raises(TrainError, match="--fresh"):
         sft.run(tmp_path, RECIPE, model_config=SMALL.replace(hidden_size=64))
+    with pytest.raises(TrainError, match="another seed, style: use another --out"):
+        sft.run(tmp_path, dataclasses.replace(RECIPE, seed=1, style="expert"), model_config=SMALL)
+
+
+def test_a_stopped_run_keeps_its_last_step_and_writes_no_model(tmp_path):
+    rows = []
+    sft.run(tmp_path, RECIPE, model_config=SMALL, on_step=rows.append, stop=lambda: len(rows) == 2)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "training.json").exists()
+    sft.run(tmp_path, RECIPE, model_config=SMALL, on_step=rows.append)
+    assert [row["step"] for row in rows[3:]] == [4, 5, 6] and (tmp_path / "model.safetensors").exists()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_temporary(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
+    try:
+        model = Model(SMALL).initialize(0)
+        optimizers = Optimizers(model, OptimConfig())
+        saves.save(small, model, optimizers, {"step": 1})
+        saves.append_line(small / "sft.jsonl", {"step": 1})
+        free = os.statvfs(small)
+        (small / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize))
+        with pytest.raises(
+            TrainError, match=r"state\.safetensors cannot be written: .*No space left on device"
+        ):
+            saves.save(small, model, optimizers, {"step": 2})
+        with pytest.raises(TrainError, match=r"sft\.jsonl cannot be written: No space left"):
+            saves.append_line(small / "sft.jsonl", {"step": 2, "pad": "x" * 10_000})
+        assert sorted(path.name for path in small.iterdir()) == ["filler", "sft.jsonl", saves.NAME]
+        assert saves.load(small, model, optimizers) == {"step": 1}
+        assert saves.read_lines(small / "sft.jsonl") == [{"step": 1}]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path):
+    log = tmp_path / "sft.jsonl"
+    log.write_text('{"step": 1}\n{"ste')
+    saves.append_line(log, {"step": 2})
+    assert saves.read_lines(log) == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00" * 100])
