@@ -13,10 +13,10 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import corpus
 
 from rorqual.chat import parse_pieces, render_bridge, render_segments, train_bpe
 from tests.chat.conversations import TOOLS, assistants, calls, texts
+from tests.chat.test_tokenizer import corpus
 
 renderers = pytest.importorskip("renderers")
 from renderers.configs import DeepSeekV4RendererConfig  # noqa: E402

@@ -130,7 +130,7 @@ def _health(history: list[dict[str, Any]]) -> str:
     last = history[-10:]
 
     def mean(name: str) -> float:
-        return sum(row[name] for row in last) / len(last)
+        return math.fsum(row[name] for row in last) / len(last)
 
     failed = sum(row["statuses"].get("infra_error", 0) for row in history)
     total = sum(sum(row["statuses"].values()) for row in history)
