@@ -7,6 +7,9 @@ Physical bound: the host's own fork+exec (a command must do one), and the kernel
 overlays and nine cgroups (a create must do it; bubblewrap does the namespaces alone).
 
     python benchmarks/sandbox.py [--rounds 40] [--storm 96] [--out benchmarks/results/sandbox.json]
+    python benchmarks/sandbox.py --only-pause [--rounds 20] [--out benchmarks/results/sandbox_pause.json]
+
+The second form measures pause, resume, disk snapshot and disk fork alone; no peer runs in it.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rorqual.sandbox import AsyncSandbox, Sandbox
-from rorqual.sandbox.images import root_file_system
+from rorqual.sandbox.images import remove_image, root_file_system
 from rorqual.sandbox.state import StateDir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,6 +215,57 @@ def exec_peers(peers: Peers, rounds: int) -> dict[str, list[float]]:
     return samples
 
 
+async def pauses(rounds: int) -> dict[str, list[float]]:
+    """Seconds of pause, resume, snapshot and fork of a sandbox that has written 8 MB in 200 files."""
+    samples: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def clock(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        samples.setdefault(name, []).append(time.perf_counter() - start)
+
+    async with await AsyncSandbox.create(memory_mb=256, disk_mb=64) as sb:
+        await sb.commands.run("for i in $(seq 200); do head -c 40000 /dev/urandom > f$i; done", timeout=300)
+        for _ in range(rounds):
+            with clock("pause (no reclaim)"):
+                await sb.pause(reclaim=False)
+            with clock("resume"):
+                await sb.resume()
+            with clock("pause with reclaim"):
+                await sb.pause()
+            with clock("a command in a paused sandbox"):
+                await sb.commands.run(["/bin/true"])
+        for _ in range(max(3, rounds // 5)):
+            with clock("snapshot of 8 MB in 200 files"):
+                taken = await sb.snapshot()
+            with clock("create from the snapshot"):
+                copy = await AsyncSandbox.create(memory_mb=256, disk_mb=64, image=taken)
+            await copy.kill()
+            await asyncio.to_thread(remove_image, taken.name)
+            with clock("fork 1 to 8, all ready"):
+                children = await sb.fork(count=8)
+            await asyncio.gather(*[child.kill() for child in children])
+    return samples
+
+
+def only_pause(rounds: int, out: Path) -> None:
+    load = os.getloadavg()
+    table = {name: spread(values) for name, values in asyncio.run(pauses(rounds)).items()}
+    for name, row in table.items():
+        print(f"{name:<36}{row['p50']:>10.2f}{row['p90']:>10.2f}{row['min']:>10.2f}{row['n']:>6}")
+    document = {
+        "question": "pause, resume, disk snapshot and disk fork of a container, in milliseconds",
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "load_at_start": load,
+        "nice": os.nice(0),
+        "commit": first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
+        "pause_ms": table,
+    }
+    out.write_text(json.dumps(document, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -219,7 +273,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--storm", type=int, default=96)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/sandbox.json")
+    parser.add_argument("--only-pause", action="store_true")
     args = parser.parse_args()
+    if args.only_pause:
+        only_pause(args.rounds, args.out)
+        return
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     load = os.getloadavg()
