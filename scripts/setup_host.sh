@@ -6,6 +6,7 @@ need() { command -v "$1" >/dev/null 2>&1 || [ -x "/usr/sbin/$1" ] || missing="$m
 need crun crun
 need runc runc
 need cc gcc
+need c++ g++
 need mmdebstrap mmdebstrap
 need newuidmap uidmap
 [ -e /usr/lib/x86_64-linux-gnu/libc.a ] || [ -e /usr/lib/aarch64-linux-gnu/libc.a ] || missing="$missing libc6-dev"

@@ -1,10 +1,12 @@
-"""Kernels: one op per file. Today each has its torch reference face; CPU and GPU faces join beside it.
+"""Kernels: one op per file in torch, the reference; and the native CPU library that runs a decode step in one call.
 
 Ops: `attention` (window, compressed entries and sink in one softmax), `indexer` (scores and top-k),
 `pooling` (the compressor step), `sinkhorn` (mHC mixing matrices), `rope`, `hadamard`. Needs torch.
+`cpu` loads native/cpu's library; `cpu_status()` says which level of it runs, or why none does (docs/kernels.md).
 """
 
 from rorqual.kernels.attention import attend, attend_blocks
+from rorqual.kernels.cpu import CpuStatus, cpu_status
 from rorqual.kernels.hadamard import hadamard
 from rorqual.kernels.indexer import index_scores, select_top_k
 from rorqual.kernels.pooling import overlap_rows, pool
@@ -12,9 +14,11 @@ from rorqual.kernels.rope import apply_rope, rope_frequencies, rope_table
 from rorqual.kernels.sinkhorn import sinkhorn
 
 __all__ = [
+    "CpuStatus",
     "apply_rope",
     "attend",
     "attend_blocks",
+    "cpu_status",
     "hadamard",
     "index_scores",
     "overlap_rows",

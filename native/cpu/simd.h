@@ -1,0 +1,239 @@
+// simd.h: the few vector operations that step.cpp needs, at the instruction level this object is compiled for.
+//
+// Portable first (GCC/Clang vector extensions, 4 lanes), AVX2+FMA and AVX-512 beside it. Everything has internal
+// linkage: a symbol shared between objects of different levels could bring AVX-512 code to a CPU without it.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float v4 __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
+
+#if defined(__AVX512F__)
+enum { VL = 16, ROWS = 4 };  // lanes; rows that share one load of a weight
+typedef __m512 vf;
+inline vf zero() { return _mm512_setzero_ps(); }
+inline vf splat(float a) { return _mm512_set1_ps(a); }
+inline vf load(const float *p) { return _mm512_loadu_ps(p); }
+inline vf load_part(const float *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+inline void store(float *p, vf a) { _mm512_storeu_ps(p, a); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline v4 fold(vf a) {
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a),
+                              _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)));
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#elif defined(__AVX2__)
+enum { VL = 8, ROWS = 2 };
+typedef __m256 vf;
+inline vf zero() { return _mm256_setzero_ps(); }
+inline vf splat(float a) { return _mm256_set1_ps(a); }
+inline vf load(const float *p) { return _mm256_loadu_ps(p); }
+inline vf load_part(const float *p, int n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
+}
+inline void store(float *p, vf a) { _mm256_storeu_ps(p, a); }
+inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline v4 fold(vf a) { return (v4)_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
+#else
+enum { VL = 4, ROWS = 2 };
+typedef v4 vf;
+inline vf zero() { return vf{0, 0, 0, 0}; }
+inline vf splat(float a) { return vf{a, a, a, a}; }
+inline vf load(const float *p) {
+  vf a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+inline vf load_part(const float *p, int n) {
+  vf a = zero();
+  for (int i = 0; i < n; i++) a[i] = p[i];
+  return a;
+}
+inline void store(float *p, vf a) { memcpy(p, &a, sizeof a); }
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+inline v4 fold(vf a) { return a; }
+#endif
+
+inline v4 shuffle(v4 a, v4 b, v4i lanes) { return __builtin_shuffle(a, b, lanes); }
+
+// Sums of four vectors. Every dot product ends here, alone or in company, so its order of additions is one.
+inline v4 sum4(vf a, vf b, vf c, vf d) {
+  v4 fa = fold(a), fb = fold(b), fc = fold(c), fd = fold(d);
+  v4 ab_low = shuffle(fa, fb, v4i{0, 4, 1, 5}), ab_high = shuffle(fa, fb, v4i{2, 6, 3, 7});
+  v4 cd_low = shuffle(fc, fd, v4i{0, 4, 1, 5}), cd_high = shuffle(fc, fd, v4i{2, 6, 3, 7});
+  v4 first = shuffle(ab_low, cd_low, v4i{0, 1, 4, 5}), second = shuffle(ab_low, cd_low, v4i{2, 3, 6, 7});
+  v4 third = shuffle(ab_high, cd_high, v4i{0, 1, 4, 5}), fourth = shuffle(ab_high, cd_high, v4i{2, 3, 6, 7});
+  return (first + second) + (third + fourth);
+}
+
+// e^x to about an ulp (Cephes' range reduction and polynomial), without branches so that loops of it vectorise.
+// NaN stays NaN, -inf gives 0; above 88 it stays at e^88, enough for a denominator.
+inline float exp1(float x) {
+  float c = x < -87.3f ? -87.3f : x;
+  c = c > 88.0f ? 88.0f : c;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  float z = c * 1.44269504088896341f + magic;
+  float n = z - magic;
+  float r = c - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  int32_t bits;
+  memcpy(&bits, &z, 4);
+  bits = (int32_t)((uint32_t)(bits - 0x4B400000 + 127) << 23);
+  float scale;
+  memcpy(&scale, &bits, 4);
+  float y = p * scale;
+  return x < -87.3f ? 0.0f : y;
+}
+
+inline float sum(const float *x, int n) {
+  vf a = zero();
+  const vf one = splat(1.0f);
+  int i = 0;
+  for (; i + VL <= n; i += VL) a = fma(load(x + i), one, a);
+  if (i < n) a = fma(load_part(x + i, n - i), one, a);
+  return sum4(a, zero(), zero(), zero())[0];
+}
+
+inline float square(const float *x, int n) {
+  vf a = zero();
+  int i = 0;
+  for (; i + VL <= n; i += VL) {
+    vf v = load(x + i);
+    a = fma(v, v, a);
+  }
+  if (i < n) {
+    vf v = load_part(x + i, n - i);
+    a = fma(v, v, a);
+  }
+  return sum4(a, zero(), zero(), zero())[0];
+}
+
+// Dots of 4*G weight rows with R activation rows: out[r][o + i] = w[i] . x[r] for i < valid.
+template <int G, int R>
+inline void dots(const float *const *w, const float *const *x, int k, float *const *out, int64_t o, int valid) {
+  vf acc[R][4 * G];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < 4 * G; i++) acc[r][i] = zero();
+  int j = 0;
+  for (; j + VL <= k; j += VL) {
+    vf xv[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) xv[r] = load(x[r] + j);
+#pragma GCC unroll 8
+    for (int i = 0; i < 4 * G; i++) {
+      vf wv = load(w[i] + j);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) acc[r][i] = fma(wv, xv[r], acc[r][i]);
+    }
+  }
+  if (j < k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      vf xv = load_part(x[r] + j, k - j);
+#pragma GCC unroll 8
+      for (int i = 0; i < 4 * G; i++) acc[r][i] = fma(load_part(w[i] + j, k - j), xv, acc[r][i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int g = 0; g < G; g++) {
+      v4 s = sum4(acc[r][4 * g], acc[r][4 * g + 1], acc[r][4 * g + 2], acc[r][4 * g + 3]);
+      float *to = out[r] + o + 4 * g;
+      if (4 * g + 4 <= valid) {
+        memcpy(to, &s, sizeof s);
+      } else {
+        for (int i = 4 * g; i < valid; i++) to[i - 4 * g] = s[i - 4 * g];
+      }
+    }
+}
+
+template <int G>
+inline void dots_rows(const float *const *w, const float *const *x, int64_t rows, int k, float *const *out, int64_t o,
+                      int valid) {
+  int64_t r = 0;
+  for (; r + ROWS <= rows; r += ROWS) dots<G, ROWS>(w, x + r, k, out + r, o, valid);
+  for (; r < rows; r++) dots<G, 1>(w, x + r, k, out + r, o, valid);
+}
+
+// out[r][o] = weight[o] . x[r]; a weight row is read once for all rows.
+void linear(const float *weight, int64_t outputs, int k, const float *const *x, int64_t rows, float *const *out) {
+  int64_t o = 0;
+  if (rows == 1)  // eight chains at once: with four, the additions' latency shows
+    for (; o + 8 <= outputs; o += 8) {
+      const float *w[8];
+      for (int i = 0; i < 8; i++) w[i] = weight + (o + i) * k;
+      dots<2, 1>(w, x, k, out, o, 8);
+    }
+  for (; o < outputs; o += 4) {
+    int valid = outputs - o < 4 ? (int)(outputs - o) : 4;
+    const float *w[4];
+    for (int i = 0; i < 4; i++) w[i] = weight + (o + (i < valid ? i : valid - 1)) * k;
+    dots_rows<1>(w, x, rows, k, out, o, valid);
+  }
+}
+
+// The same for weight rows that lie anywhere (keys of an attention).
+void linear_rows(const float *const *weight, int64_t outputs, int k, const float *const *x, int64_t rows,
+                 float *const *out) {
+  for (int64_t o = 0; o < outputs; o += 4) {
+    int valid = outputs - o < 4 ? (int)(outputs - o) : 4;
+    const float *w[4];
+    for (int i = 0; i < 4; i++) w[i] = weight[o + (i < valid ? i : valid - 1)];
+    dots_rows<1>(w, x, rows, k, out, o, valid);
+  }
+}
+
+// out[r][d] = scale[r] * sum_j p[r][j] * rows[j][d], j ascending, for R heads.
+template <int R>
+inline void weigh_heads(const float *const *p, const float *scale, const float *const *rows, int64_t count, int width,
+                        float *const *out) {
+  for (int d = 0; d < width; d += VL) {
+    const int n = width - d < VL ? width - d : VL;
+    vf acc[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[r] = zero();
+    if (n == VL)
+      for (int64_t j = 0; j < count; j++) {
+        vf v = load(rows[j] + d);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = fma(splat(p[r][j]), v, acc[r]);
+      }
+    else
+      for (int64_t j = 0; j < count; j++) {
+        vf v = load_part(rows[j] + d, n);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r] = fma(splat(p[r][j]), v, acc[r]);
+      }
+    for (int r = 0; r < R; r++) {
+      float lanes[VL];
+      store(lanes, acc[r]);
+      for (int i = 0; i < n; i++) out[r][d + i] = lanes[i] * scale[r];
+    }
+  }
+}
+
+inline void weigh(const float *const *p, const float *scale, int heads, const float *const *rows, int64_t count,
+                  int width, float *const *out) {
+  int h = 0;
+  for (; h + 4 <= heads; h += 4) weigh_heads<4>(p + h, scale + h, rows, count, width, out + h);
+  for (; h < heads; h++) weigh_heads<1>(p + h, scale + h, rows, count, width, out + h);
+}
+
+}  // namespace

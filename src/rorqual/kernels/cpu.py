@@ -1,0 +1,189 @@
+"""The native CPU library: finds, loads and describes librorqual_cpu.so (native/cpu), over ctypes.
+
+Owns the mirror of native/cpu/rorqual_cpu.h, the choice of instruction level and the thread pool's life. Knows no model:
+model/native_step.py fills the structures. A library that is missing or does not load is told once in the log and by
+`cpu_status`; the torch kernels then do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import weakref
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "LIBRARY",
+    "CpuStatus",
+    "LayerPointers",
+    "ModelPointers",
+    "NativeLibrary",
+    "Pool",
+    "StatePointers",
+    "Step",
+    "cpu_status",
+    "load_library",
+]
+
+log = logging.getLogger(__name__)
+
+LIBRARY = Path(__file__).parent / "_bin" / "librorqual_cpu.so"
+ABI = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CpuStatus:
+    """Whether the native CPU kernels run here, and how."""
+
+    available: bool
+    level: str | None
+    """The instruction level that runs: `portable`, `avx2` or `avx512`; None when unavailable."""
+    levels: tuple[str, ...]
+    """All levels this CPU can run, ascending."""
+    reason: str
+    """One line for people: what runs, or why the torch path does and what to do about it."""
+
+
+class ModelPointers(ctypes.Structure):
+    """RqModel."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("abi", "layers", "hidden", "vocab", "heads", "head_dim", "rope_dim")),
+        *((name, c_int32) for name in ("q_rank", "groups", "o_rank", "window", "index_heads", "index_dim")),
+        *((name, c_int32) for name in ("index_topk", "experts", "per_token", "expert_width")),
+        *((name, c_int32) for name in ("shared_width", "streams", "iters")),
+        *((name, c_float) for name in ("hc_eps", "norm_eps", "route_scale", "limit")),
+        *((name, c_float) for name in ("head_scale", "index_scale")),
+        *((name, c_void_p) for name in ("freqs_window", "freqs_compressed", "embed")),
+        *((name, c_void_p) for name in ("mix_fn", "mix_base", "mix_scale", "norm", "head")),
+    )
+
+
+class LayerPointers(ctypes.Structure):
+    """RqLayer, its nested structures laid flat."""
+
+    _fields_ = (
+        ("ratio", c_int32),
+        ("overlap", c_int32),
+        *((name, c_void_p) for name in ("attn_fn", "attn_base", "attn_scale", "attn_norm", "wq_a", "q_norm")),
+        *((name, c_void_p) for name in ("wq_b", "wkv", "kv_norm", "wo_a", "wo_b", "sink")),
+        *((name, c_void_p) for name in ("main_wkv", "main_wgate", "main_ape", "main_norm")),
+        *((name, c_void_p) for name in ("index_wq_b", "index_proj")),
+        *((name, c_void_p) for name in ("index_wkv", "index_wgate", "index_ape", "index_norm")),
+        *((name, c_void_p) for name in ("ffn_fn", "ffn_base", "ffn_scale", "ffn_norm", "gate", "bias")),
+        *((name, c_void_p) for name in ("tid2eid", "w1", "w3", "w2", "shared1", "shared3", "shared2")),
+    )
+
+
+class StatePointers(ctypes.Structure):
+    """RqLayerState: pointer and row stride (in floats) of each part."""
+
+    _fields_ = (
+        *(("window", c_void_p), ("window_stride", c_int64)),
+        *(("tail", c_void_p), ("tail_stride", c_int64)),
+        *(("entries", c_void_p), ("entries_stride", c_int64)),
+        *(("index_tail", c_void_p), ("index_tail_stride", c_int64)),
+        *(("index_keys", c_void_p), ("index_keys_stride", c_int64)),
+    )
+
+
+class Step(ctypes.Structure):
+    """RqStep."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("model", "layers", "state", "tokens", "positions", "counts")),
+        ("batch", c_int64),
+        *((name, c_void_p) for name in ("logits", "scratch")),
+        ("max_entries", c_int64),
+        *((name, c_int32) for name in ("threads", "level")),
+    )
+
+
+class NativeLibrary:
+    """The loaded library: `levels` it can run here, ascending, and its two entry points."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError when `path` cannot be loaded or is of another ABI."""
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing: no C++ compiler was there when the package was built. "
+                "Install g++ and reinstall rorqual"
+            )
+        library = ctypes.CDLL(os.fspath(path))
+        try:
+            abi = library.rq_abi()
+        except AttributeError as error:
+            raise OSError(f"{path} is not the native library of rorqual") from error
+        if abi != ABI:
+            raise OSError(f"{path} has ABI {abi}, this version of rorqual needs {ABI}: reinstall rorqual")
+        library.rq_level_name.restype = ctypes.c_char_p
+        library.rq_pool_create.restype = c_void_p
+        library.rq_pool_destroy.argtypes = [c_void_p]
+        library.rq_pool_destroy.restype = None
+        library.rq_scratch_bytes.argtypes = [ctypes.POINTER(ModelPointers), c_int64, c_int64, c_int32]
+        library.rq_scratch_bytes.restype = c_int64
+        library.rq_step.argtypes = [ctypes.POINTER(Step), c_void_p]
+        library.rq_step.restype = c_int64
+        self._library = library
+        self.levels = {
+            library.rq_level_name(level).decode(): level
+            for level in range(library.rq_level_count())
+            if library.rq_level_runs(level)
+        }
+
+    def scratch_bytes(self, model: ModelPointers, *, entries: int, batch: int, threads: int) -> int:
+        """Bytes of working memory that a step needs."""
+        return int(self._library.rq_scratch_bytes(model, entries, batch, threads))
+
+    def step(self, step: Step, pool: Pool | None) -> int:
+        """Runs one step; 0, or -1 - row for the row whose input is out of range (then nothing has changed)."""
+        return int(self._library.rq_step(step, None if pool is None else pool.handle))
+
+
+class Pool:
+    """Threads that sleep between steps; ended when the object goes. Not for use after a fork (`pid`)."""
+
+    def __init__(self, library: NativeLibrary, threads: int) -> None:
+        """Raises OSError when the threads cannot be made."""
+        native = library._library
+        self.handle, self.threads, self.pid = native.rq_pool_create(threads), threads, os.getpid()
+        if not self.handle:
+            raise OSError(f"cannot make {threads - 1} threads for the native CPU kernels")
+        self._close = weakref.finalize(self, _destroy, native, self.handle, self.pid)
+
+
+def _destroy(native: ctypes.CDLL, handle: int, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child has the memory and not the threads
+        native.rq_pool_destroy(handle)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: Path) -> NativeLibrary | OSError:
+    try:
+        return NativeLibrary(path)
+    except OSError as error:
+        log.warning(
+            "native CPU kernels are not available, decoding uses the slower torch path: %s",
+            error,
+            extra={"library": str(path)},
+        )
+        return error
+
+
+def load_library(path: Path = LIBRARY) -> NativeLibrary | None:
+    """The library, or None when it cannot be used; the reason is logged once and is in `cpu_status`."""
+    loaded = _load(path)
+    return loaded if isinstance(loaded, NativeLibrary) else None
+
+
+def cpu_status(path: Path = LIBRARY) -> CpuStatus:
+    """Which native CPU kernels run here, or why none do."""
+    loaded = _load(path)
+    if isinstance(loaded, OSError):
+        return CpuStatus(False, None, (), f"torch path: {loaded}")
+    levels = tuple(loaded.levels)
+    return CpuStatus(True, levels[-1], levels, f"native CPU kernels, {levels[-1]}")
