@@ -181,6 +181,9 @@ def main() -> None:
         "load_average_before": load_before,
         "load_average_after": os.getloadavg(),
         "nice": os.nice(0),
+        "note": "busy machine: wall times hold others' work, CPU times count"
+        if load_before[0] > 0.3
+        else "quiet",
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
         "model": "Config.preset('tiny'), fp32, random weights",
