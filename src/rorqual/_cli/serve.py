@@ -1,0 +1,155 @@
+"""`rorqual serve MODEL_DIR`: the model behind OpenAI's HTTP API."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rorqual._cli.embedded import FILES, RAISED_DIR
+from rorqual._cli.exits import DONE, INTERRUPTED, UNFIT, WRONG_USE, CliError
+
+if TYPE_CHECKING:
+    from rorqual.serve import ServeConfig, Service
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("serve")(serve)
+
+
+def serve(
+    model_dir: Annotated[Path, typer.Argument(help="Model directory.")] = RAISED_DIR,
+    model_name: Annotated[
+        str | None, typer.Option(help="The id clients ask for. Default: the directory's name.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="NAME of the environment variable that holds the API keys, separated by commas."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may call; may be repeated.")
+    ] = None,
+    max_running: Annotated[int, typer.Option(help="Requests in the engine at once.", min=1)] = 32,
+    max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more get 429.", min=1)] = 256,
+    kv_mb: Annotated[int, typer.Option(help="Cache of all running requests, in MiB.", min=1)] = 2048,
+    cache_mb: Annotated[
+        int, typer.Option(help="States kept for the next turn, in MiB; 0 keeps none.", min=0)
+    ] = 256,
+    max_body_mb: Annotated[int, typer.Option(help="Largest request body, in MiB.", min=1)] = 8,
+    keep_alive_seconds: Annotated[float, typer.Option(help="Silence after which a stream says so.")] = 10.0,
+    drain_seconds: Annotated[
+        float, typer.Option(help="How long running requests may go on after the first signal.", min=0)
+    ] = 10.0,
+) -> None:
+    """Serve a model: http://HOST:PORT/v1 for any OpenAI client, /docs for people.
+
+    Ends on Ctrl-C (exit code 130) or SIGTERM (0): running requests are let finish, a second signal cuts them.
+    """
+    keys = _api_keys(api_key_env)
+    if not keys and not _is_loopback(host):
+        raise CliError(
+            f"--host {host} is reachable from elsewhere: set keys and name them with --api-key-env NAME",
+            code=WRONG_USE,
+        )
+    _check_installed()
+    from rorqual.serve import ServeConfig, Server, key_digest, open_socket
+
+    name = model_name or ("rorqual-embedded" if model_dir == RAISED_DIR else model_dir.resolve().name)
+    try:
+        config = ServeConfig(
+            model_name=name,
+            max_running=max_running,
+            max_waiting=max_waiting,
+            kv_bytes=kv_mb << 20,
+            cache_bytes=cache_mb << 20,
+            keep_alive_seconds=keep_alive_seconds,
+            drain_seconds=drain_seconds,
+            max_body_bytes=max_body_mb << 20,
+            key_digests=frozenset(key_digest(key) for key in keys),
+            cors_origins=tuple(cors_origin or ()),
+        )
+    except ValueError as error:
+        raise CliError(str(error), code=WRONG_USE) from error
+    try:
+        sock = open_socket(host, port)
+    except OSError as error:
+        raise CliError(f"cannot listen on {host}:{port}: {error.strerror or error}", code=UNFIT) from error
+    with sock:
+        service = _open(model_dir, config)
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{sock.getsockname()[1]}"
+        server = Server(service, on_ready=lambda: _say(f"serving {name} at {url}/v1 (docs: {url}/docs)"))
+        server.run(sockets=[sock])
+    if server.signal is None:
+        raise CliError("the server ended by itself", code=1)
+    _say("stopped")
+    raise typer.Exit(INTERRUPTED if server.signal == signal.SIGINT else DONE)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"rorqual: {text}\n")
+    sys.stderr.flush()
+
+
+def _api_keys(variable: str | None) -> list[str]:
+    if variable is None:
+        return []
+    keys = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
+    if not keys:
+        raise CliError(f"--api-key-env {variable}: this environment variable holds no key", code=WRONG_USE)
+    return keys
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_installed() -> None:
+    for module in (
+        "torch",
+        "safetensors",
+        "tokenizers",
+        "fastapi",
+        "uvicorn",
+        "pydantic",
+        "prometheus_client",
+    ):
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise CliError(
+                f"serving needs {module} ({error}): pip install 'rorqual[serve]'", code=UNFIT
+            ) from error
+
+
+def _open(directory: Path, config: ServeConfig) -> Service:
+    from rorqual.chat import ChatError, Tokenizer
+    from rorqual.engine import Engine
+    from rorqual.model.errors import ModelError
+    from rorqual.serve import Service
+
+    for file in FILES:
+        if not (directory / file).is_file():
+            raise CliError(f"{directory / file} is missing: give a model directory", code=UNFIT)
+    try:
+        engine = Engine(directory, kv_bytes=config.kv_bytes)
+        tokenizer = Tokenizer.from_file(directory)
+    except (ModelError, ChatError) as error:
+        raise CliError(f"the model in {directory} cannot be loaded: {error}", code=UNFIT) from error
+    return Service(engine, tokenizer, config)

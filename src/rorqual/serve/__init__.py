@@ -1,0 +1,36 @@
+"""Server: a V4 model behind OpenAI's HTTP API: chat and completions, streamed or not. Needs 'rorqual[serve]'."""
+
+from __future__ import annotations
+
+from rorqual.serve.app import Service, create_app
+from rorqual.serve.config import ServeConfig, key_digest
+from rorqual.serve.errors import (
+    BadRequest,
+    BodyTooLarge,
+    ContextTooLong,
+    EngineFailed,
+    NotFound,
+    Overloaded,
+    ServeError,
+    ShuttingDown,
+    Unauthorized,
+)
+from rorqual.serve.server import Server, open_socket
+
+__all__ = [
+    "BadRequest",
+    "BodyTooLarge",
+    "ContextTooLong",
+    "EngineFailed",
+    "NotFound",
+    "Overloaded",
+    "ServeConfig",
+    "ServeError",
+    "Server",
+    "Service",
+    "ShuttingDown",
+    "Unauthorized",
+    "create_app",
+    "key_digest",
+    "open_socket",
+]

@@ -1,0 +1,59 @@
+"""ServeConfig: every bound of the server, read once at the edge."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+__all__ = ["ServeConfig", "key_digest"]
+
+
+def key_digest(key: str) -> str:
+    """What the server keeps of an API key, and the name of its holder inside: SHA-256 in hex."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """Bounds and names. Raises ValueError, naming the field."""
+
+    model_name: str = "rorqual"
+    """The id clients ask for."""
+    max_running: int = 32
+    """Requests in the engine at once, prefilling ones included."""
+    max_waiting: int = 256
+    """Requests in the queue; the next one gets 429."""
+    kv_bytes: int = 2 << 30
+    """Cache of all running requests, as projected for their longest possible answers."""
+    cache_bytes: int = 256 << 20
+    """States kept of prompts and answers, so that the next turn continues them. 0: none."""
+    replay_bytes: int = 64 << 20
+    """Token ids kept of answers, so that a history is given back exactly as it was sampled. 0: none."""
+    keep_alive_seconds: float = 10.0
+    """A stream says `: keep-alive` when it had nothing to say for so long."""
+    drain_seconds: float = 10.0
+    """How long running requests may go on after the first signal to stop."""
+    max_body_bytes: int = 8 << 20
+    """Largest request body."""
+    key_digests: frozenset[str] = frozenset()
+    """`key_digest` of each accepted API key; empty: no key is asked for."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call, compared exactly."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_running", 1),
+            ("max_waiting", 1),
+            ("kv_bytes", 1),
+            ("cache_bytes", 0),
+            ("replay_bytes", 0),
+            ("drain_seconds", 0),
+            ("max_body_bytes", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
+        if self.keep_alive_seconds <= 0:
+            raise ValueError(f"keep_alive_seconds is {self.keep_alive_seconds}, expected more than 0")
+        for origin in self.cors_origins:
+            if "*" in origin or not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+                raise ValueError(f"cors_origins: {origin!r} is no origin: write it like https://example.org")

@@ -1,0 +1,124 @@
+"""ReplayStore: what was sampled, so that a history comes back as the very ids of its answers.
+
+Clients re-serialize arguments, trim text and lose reasoning; re-rendered, their history would be another prefix
+(spec/encoding.md 5.3). A finished turn is found by the id of its first call, else by the prompt it followed and
+what it shows. It is used only if what the client sent agrees with what was said; an edit wins. Bounded in bytes,
+least recently used first out; each holder of a key has a space of its own. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Record", "ReplayStore", "canonical_calls", "prompt_digest"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """One finished turn."""
+
+    ids: tuple[int, ...]
+    """As sampled; ends in EOS."""
+    thinking: bool
+    """Whether the turn began in reasoning."""
+    content: str
+    reasoning: str
+    calls: tuple[tuple[str, str], ...]
+    """(name, arguments in canonical JSON)."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, about."""
+        return 8 * len(self.ids) + 4 * (len(self.content) + len(self.reasoning)) + 500
+
+    def agrees(self, content: str, reasoning: str, calls: tuple[tuple[str, str], ...]) -> bool:
+        """Whether a client's message says the same; absent reasoning is lost, not edited."""
+        return (
+            content.strip() == self.content.strip()
+            and calls == self.calls
+            and (not reasoning or reasoning == self.reasoning)
+        )
+
+
+def prompt_digest(ids: Iterable[int]) -> bytes:
+    """Name of a prompt."""
+    return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
+
+
+def canonical_calls(calls: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """(name, arguments) with arguments compared as JSON, not as text."""
+    out = []
+    for call in calls:
+        function = call["function"]
+        text = function.get("arguments") or ""
+        with suppress(ValueError, RecursionError):  # what is not JSON is compared as text
+            text = json.dumps(json.loads(text), sort_keys=True)
+        out.append((function["name"], text))
+    return tuple(out)
+
+
+class ReplayStore:
+    """Records by call id and by what was said after which prompt."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._lock = threading.Lock()
+        self._records: OrderedDict[bytes, tuple[Record, tuple[tuple[str, str], ...]]] = OrderedDict()
+        self._by_call: dict[tuple[str, str], bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def put(self, tenant: str, prompt: bytes, *, record: Record, call_ids: Sequence[str] = ()) -> None:
+        """Keeps a turn. prompt: `prompt_digest` of what it followed; call_ids: those given to its calls."""
+        if record.size > self.limit_bytes:
+            return
+        key = _key(tenant, prompt, record.content, record.calls)
+        names = tuple((tenant, call_id) for call_id in call_ids)
+        with self._lock:
+            if key in self._records:
+                self._drop(key)
+            self._records[key] = record, names
+            self._by_call.update(dict.fromkeys(names, key))
+            self.held_bytes += record.size
+            while self.held_bytes > self.limit_bytes:
+                self._drop(next(iter(self._records)))
+
+    def by_call(self, tenant: str, call_id: str) -> Record | None:
+        """The turn that made a call."""
+        with self._lock:
+            return self._use(self._by_call.get((tenant, call_id)))
+
+    def by_prompt(
+        self, tenant: str, prompt: bytes, *, content: str, calls: tuple[tuple[str, str], ...]
+    ) -> Record | None:
+        """The turn that said this after that prompt."""
+        with self._lock:
+            return self._use(_key(tenant, prompt, content, calls))
+
+    def _use(self, key: bytes | None) -> Record | None:
+        if key is None or key not in self._records:
+            return None
+        self._records.move_to_end(key)
+        return self._records[key][0]
+
+    def _drop(self, key: bytes) -> None:
+        record, names = self._records.pop(key)
+        self.held_bytes -= record.size
+        for name in names:
+            if self._by_call.get(name) == key:
+                del self._by_call[name]
+
+
+def _key(tenant: str, prompt: bytes, content: str, calls: tuple[tuple[str, str], ...]) -> bytes:
+    said = json.dumps([tenant, content.strip(), calls]).encode()
+    return hashlib.blake2b(prompt + said, digest_size=16).digest()

@@ -1,0 +1,385 @@
+"""Scheduler: one thread that owns the engine; requests join and leave between steps.
+
+A turn of the loop: let go of cancelled requests, admit from the queue, prefill one chunk's worth of tokens, decode
+one token of every running row. So a long prompt delays the others by a chunk, never by itself. The queue is bounded,
+and fair between the holders of keys: they take turns. Owns rows, kept prefixes and budgets; what a token means is
+the `Answer`'s matter, and who hears of it the `Listener`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rorqual import chat
+from rorqual.engine import Engine, EngineError, SamplingParams, SequenceState
+from rorqual.engine.engine import predicted_bytes
+from rorqual.serve.answer import Answer
+from rorqual.serve.config import ServeConfig
+from rorqual.serve.errors import (
+    BadRequest,
+    ContextTooLong,
+    EngineFailed,
+    Overloaded,
+    ServeError,
+    ShuttingDown,
+)
+from rorqual.serve.metrics import Metrics
+from rorqual.serve.prefixes import PrefixStore
+from rorqual.serve.rows import Rows
+
+__all__ = ["Job", "Listener", "Scheduler"]
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Hears of a job, in the scheduler's thread."""
+
+    def on_events(self, events: Sequence[chat.Event]) -> None:
+        """New events; the last of a finished answer is `end`."""
+        ...
+
+    def on_error(self, error: ServeError) -> None:
+        """The job is lost; nothing follows."""
+        ...
+
+
+@dataclass(kw_only=True, eq=False)
+class Job:
+    """One request in the scheduler. The fields below `listener` are the scheduler's to write."""
+
+    tenant: str
+    prompt: list[int]
+    params: SamplingParams
+    answer: Answer
+    listener: Listener
+    keep_at: tuple[int, ...] = ()
+    """Lengths of prefixes of the prompt that are worth keeping."""
+    on_finish: Callable[[], None] | None = None
+    """Called before the last event goes out."""
+    cached_tokens: int = 0
+    """Prompt tokens that a kept prefix spared."""
+    need_bytes: int = 0
+    """Cache of prompt and longest possible answer."""
+    submitted: float = 0.0
+    """Monotonic time, as the ones below."""
+    last_token: float = 0.0
+    cancelled: bool = False
+    key: int = -1
+    """Of its row."""
+    sequence: SequenceState | None = field(default=None, repr=False)
+    """While it is prefilled."""
+
+
+class Scheduler:
+    """Runs jobs on an engine. `start` it, `close` it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServeConfig,
+        metrics: Metrics,
+        *,
+        make_rows: Callable[[Engine], Rows] = Rows,
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.prefixes = PrefixStore(config.cache_bytes)
+        self._metrics = metrics
+        self._make_rows = make_rows
+        self._rows = make_rows(engine)
+        self._element_size = engine.model.embed.weight.element_size()
+        self._condition = threading.Condition()
+        self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._waiting = 0
+        self._prefilling: deque[Job] = deque()
+        self._decoding: dict[int, Job] = {}
+        self._next_key = 0
+        self._reserved = 0
+        self._mean_seconds = 1.0
+        self._draining = self._closing = False
+        self._abort: ServeError | None = None
+        self._thread = threading.Thread(target=self._run, name="rorqual-engine", daemon=True)
+
+    # --- any thread
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    @property
+    def held(self) -> int:
+        """Requests in queue and engine."""
+        return self._waiting + len(self._prefilling) + len(self._decoding)
+
+    def check_room(self) -> None:
+        """Raises Overloaded or ShuttingDown if a request would be refused now."""
+        if self._draining:
+            raise ShuttingDown("the server is shutting down: it accepts no more requests")
+        if self._waiting >= self.config.max_waiting:
+            wait = self._mean_seconds * self._waiting / self.config.max_running
+            raise Overloaded(
+                f"{self._waiting} requests are waiting, as many as the queue holds: try again later",
+                retry_after=min(max(math.ceil(wait), 1), 60),
+            )
+
+    def check_fit(self, prompt: Sequence[int], max_tokens: int | None, *, param: str) -> int:
+        """Tokens the answer may have. Raises ContextTooLong with the numbers, BadRequest for an invalid id."""
+        limit = self.engine.config.max_position_embeddings
+        room = limit - len(prompt)
+        if room < 1 or (max_tokens is not None and max_tokens > room):
+            asked = f" and {max_tokens} for the answer" if max_tokens is not None else ""
+            error = ContextTooLong(
+                f"this model's context is {limit} tokens; the request has {len(prompt)} in the prompt{asked}",
+                prompt_tokens=len(prompt),
+                max_tokens=max_tokens or 0,
+                limit=limit,
+            )
+            error.param = param
+            raise error
+        vocab = self.engine.config.vocab_size
+        bad = next((token for token in prompt if not 0 <= token < vocab), None)
+        if bad is not None:
+            raise BadRequest(f"token id {bad} is outside the vocabulary (0 to {vocab - 1})", param=param)
+        allowed = max_tokens or room
+        need = predicted_bytes(self.engine.config, len(prompt) + allowed, self._element_size)
+        if need > min(self.config.kv_bytes, self.engine.kv_bytes):
+            raise ContextTooLong(
+                f"{len(prompt)} prompt tokens and {allowed} for the answer need {need} bytes of cache, "
+                f"the server has {min(self.config.kv_bytes, self.engine.kv_bytes)}: ask for fewer tokens",
+                prompt_tokens=len(prompt),
+                max_tokens=allowed,
+                limit=limit,
+            )
+        return allowed
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises Overloaded, ShuttingDown."""
+        with self._condition:
+            self.check_room()
+            tokens = len(job.prompt) + job.params.max_tokens
+            job.need_bytes = predicted_bytes(self.engine.config, tokens, self._element_size)
+            job.submitted = time.monotonic()
+            self._queues.setdefault(job.tenant, deque()).append(job)
+            self._waiting += 1
+            self._gauges()
+            self._condition.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody wants the answer any more: the row is free before the next step. Idempotent."""
+        with self._condition:
+            job.cancelled = True
+            self._condition.notify()
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; held ones go on."""
+        with self._condition:
+            self._draining = True
+
+    def abort_all(self, error: ServeError) -> None:
+        """Gives up every held request with `error`."""
+        with self._condition:
+            self._abort = error
+            self._condition.notify()
+
+    def close(self) -> None:
+        """Gives up what is left and ends the thread. Idempotent."""
+        with self._condition:
+            self._draining = self._closing = True
+            self._condition.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        error: ServeError = ShuttingDown("the server is shutting down")
+        try:
+            while self._turn():
+                pass
+        except BaseException as caught:
+            error = EngineFailed(f"the scheduler failed: {type(caught).__name__}: {caught}")
+            raise
+        finally:
+            with self._condition:
+                self._draining = True
+                self._fail_all(error)
+
+    def _turn(self) -> bool:
+        with self._condition:
+            while not (self._closing or self._abort or self.held):
+                self._condition.wait()
+            if self._closing:
+                return False
+            if self._abort is not None:
+                self._fail_all(self._abort)
+                self._abort = None
+            self._drop_cancelled()
+            self._admit()
+        self._prefill()
+        self._decode()
+        self._gauges()
+        return True
+
+    def _drop_cancelled(self) -> None:
+        for queue in self._queues.values():
+            gone = [job for job in queue if job.cancelled]
+            for job in gone:
+                queue.remove(job)
+                self._waiting -= 1
+                self._metrics.aborted()
+        for job in [job for job in self._prefilling if job.cancelled]:
+            self._prefilling.remove(job)
+            assert job.sequence is not None
+            self.prefixes.put(job.tenant, job.sequence)  # a retry goes on from here
+            self._leave(job)
+            self._metrics.aborted()
+        for job in [job for job in self._decoding.values() if job.cancelled]:
+            self._release(job)
+            self._metrics.aborted()
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._prefilling) + len(self._decoding) < self.config.max_running:
+            tenant = next(name for name, queue in self._queues.items() if queue)
+            queue = self._queues[tenant]
+            job = queue[0]
+            if self._reserved and self._reserved + job.need_bytes > self.config.kv_bytes:
+                return  # it is its turn: nobody overtakes it, so that it cannot starve
+            queue.popleft()
+            del self._queues[tenant]
+            if queue:
+                self._queues[tenant] = queue  # behind the others
+            self._waiting -= 1
+            self._reserved += job.need_bytes
+            self._metrics.queue_time.observe(time.monotonic() - job.submitted)
+            self._metrics.prompt_tokens.inc(len(job.prompt))
+            self._metrics.prefix_queries.inc(len(job.prompt))
+            job.sequence = self.prefixes.longest(job.tenant, job.prompt)
+            if job.sequence is None:
+                job.sequence = SequenceState(self.engine)
+            job.cached_tokens = job.sequence.length
+            self._metrics.prefix_hits.inc(job.cached_tokens)
+            self._prefilling.append(job)
+
+    def _prefill(self) -> None:
+        """Feeds prompts up to one chunk of tokens in all; they take turns when one is longer."""
+        budget = self.engine.prefill_chunk
+        while self._prefilling and budget > 0:
+            job = self._prefilling.popleft()
+            try:
+                budget -= self._prefill_one(job, budget)
+            except Exception as error:  # the boundary: whatever the engine raises is this request's failure
+                self._leave(job)
+                self._fail(job, _failure(error))
+
+    def _prefill_one(self, job: Job, budget: int) -> int:
+        sequence, target = job.sequence, len(job.prompt) - 1
+        assert sequence is not None
+        start = sequence.length
+        stops = [length for length in job.keep_at if start < length <= target]
+        end = min([start + budget, target, *stops])
+        if end > start:
+            sequence.append(job.prompt[start:end])
+        if end in job.keep_at and not self.prefixes.holds(job.tenant, sequence.token_ids):
+            self.prefixes.put(job.tenant, sequence.fork())
+        if end < target:
+            self._prefilling.append(job)
+        else:
+            job.key, self._next_key = self._next_key, self._next_key + 1
+            self._rows.adopt(job.key, sequence, next_id=job.prompt[-1], params=job.params)
+            job.sequence = None
+            self._decoding[job.key] = job
+        return max(end - start, 1)
+
+    def _decode(self) -> None:
+        if not self._decoding:
+            return
+        try:
+            events = self._rows.step()
+        except Exception as error:  # the boundary: a step that raised leaves no row usable
+            failure = _failure(error)
+            jobs, self._decoding = list(self._decoding.values()), {}
+            self._rows = self._make_rows(self.engine)
+            for job in jobs:
+                self._leave(job)
+                self._fail(job, failure)
+            return
+        now = time.monotonic()
+        self._metrics.generation_tokens.inc(len(events))
+        for event in events:
+            job = self._decoding[event.key]
+            if job.last_token:
+                self._metrics.inter_token.observe(now - job.last_token)
+            else:
+                self._metrics.first_token.observe(now - job.submitted)
+            job.last_token = now
+            said = job.answer.push(event.token_id, event.finish_reason)
+            if job.answer.finished:
+                self._finish(job, said)
+            elif said:
+                job.listener.on_events(said)
+
+    def _finish(self, job: Job, said: Sequence[chat.Event]) -> None:
+        self._release(job)
+        seconds = time.monotonic() - job.submitted
+        self._mean_seconds = 0.9 * self._mean_seconds + 0.1 * seconds
+        self._metrics.latency.observe(seconds)
+        self._metrics.finished(said[-1].text)
+        if job.on_finish is not None:
+            job.on_finish()
+        job.listener.on_events(said)
+
+    def _release(self, job: Job) -> None:
+        """Takes the job's row out and keeps its state: whoever continues the answer, or retries, goes on from it."""
+        del self._decoding[job.key]
+        held = [*job.prompt[:-1], *[job.prompt[-1], *job.answer.ids][: len(job.answer.ids)]]
+        self.prefixes.put(job.tenant, self._rows.release(job.key, held))
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        self._reserved -= job.need_bytes
+        job.sequence = None
+
+    def _fail_all(self, error: ServeError) -> None:
+        jobs = [*self._decoding.values(), *self._prefilling, *(j for q in self._queues.values() for j in q)]
+        self._decoding, self._rows = {}, self._make_rows(self.engine)
+        self._prefilling.clear()
+        self._queues.clear()
+        self._waiting = self._reserved = 0
+        for job in jobs:
+            self._fail(job, error)
+        self._gauges()
+
+    def _fail(self, job: Job, error: ServeError) -> None:
+        self._metrics.rejected(error.code or "error")
+        job.listener.on_error(error)
+
+    def _gauges(self) -> None:
+        self._metrics.waiting.set(self._waiting)
+        self._metrics.running.set(len(self._prefilling) + len(self._decoding))
+        self._metrics.kv_usage.set(self._reserved / self.config.kv_bytes)
+        self._metrics.kept_bytes.set(self.prefixes.held_bytes)
+        self._metrics.kept_states.set(len(self.prefixes))
+
+
+def _failure(error: Exception) -> ServeError:
+    log.error("the engine failed", exc_info=error)
+    kind = "refused the request" if isinstance(error, EngineError) else f"failed: {type(error).__name__}"
+    return EngineFailed(f"the engine {kind}: {error}")
