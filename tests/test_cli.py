@@ -7,11 +7,13 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +96,11 @@ def test_help_and_version_name_the_commands(cli: Run) -> None:
         (["runs", "nothing-like-it"], "no run 'nothing-like-it'"),
         (["demo", "--family", "chess"], "no task family 'chess': choose one of hop-recover, calc-tool"),
         (["demo", "--depth", "99"], "no task family has depth 99"),
+        (["eval", "/no/dir"], "/no/dir: no such model directory"),
+        (["eval", "--family", "chess"], "no family 'chess': choose from hop-recover, calc-tool"),
+        (["train", "rl", "--start", "/no/dir"], "/no/dir: no such model directory"),
+        (["cost", "no-such"], "no model 'no-such': give pro, flash, tiny"),
+        (["cost", "--context", "lots"], "--context 'lots': expected a number of tokens"),
     ],
 )
 def test_wrong_use_is_one_line(cli: Run, arguments: list[str], said: str) -> None:
@@ -111,6 +118,153 @@ def test_a_missing_embedded_model_names_the_file(cli: Run, tmp_path: Path) -> No
     done = cli("demo", "--model-dir", str(tmp_path))
     assert done.returncode == 3 and f"{tmp_path}/config.json is missing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model directory with a tokenizer."""
+    from rorqual.model import Config, Model
+    from tests.agent.scripted_engine import small_tokenizer
+
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = small_tokenizer()
+    config = Config.preset("tiny").replace(vocab_size=tokenizer.vocab_size)
+    Model(config).initialize(0).save_pretrained(directory)
+    tokenizer.save(directory / "tokenizer.json")
+    return directory
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "missing": lambda raw: None,
+    "empty": lambda raw: b"",
+    "torn": lambda raw: raw[: len(raw) // 2],
+    "of another kind": lambda raw: b"[]",
+    "not text": lambda raw: b"\xff\xfe" + raw[2:],
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_model_directory_is_one_clear_error(
+    small_model: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    from rorqual._cli.embedded import open_embedded
+    from rorqual._cli.exits import CliError, describe
+    from rorqual._cli.model_dir import open_model_dir
+
+    shutil.copytree(small_model, tmp_path / "m")
+    raw = DAMAGE[how]((small_model / name).read_bytes())
+    (tmp_path / "m" / name).unlink() if raw is None else (tmp_path / "m" / name).write_bytes(raw)
+    for opening in (lambda: open_embedded(tmp_path / "m", seed=0), lambda: open_model_dir(tmp_path / "m")):
+        with pytest.raises(CliError) as caught:
+            opening()
+        text, code = describe(caught.value)
+        assert code == 3 and "\n" not in text and name in text, text
+
+
+def test_no_runtime_is_exit_code_3_and_names_the_command(cli: Run) -> None:
+    done = cli("run", "x", *model(SimpleNamespace(url="http://127.0.0.1:9/v1")), PATH="")
+    assert done.returncode == 3 and done.stderr.count("\n") == 1 and "crun" in done.stderr, done.stderr
+    report = json.loads(cli("doctor", "--json", PATH="").stdout)
+    [check] = [check for check in report["checks"] if check["name"] == "container"]
+    assert not report["ok"] and not check["ok"] and check["fix"]
+
+
+@pytest.mark.usefixtures("container")
+def test_a_full_disk_under_the_event_log_ends_the_run_with_one_line(cli: Run, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    (tmp_path / "runs").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path / "runs")], check=True)
+    try:
+        flood = [Say(calls=[bash(f"head -c 6000 /dev/urandom | base64; echo {n}")]) for n in range(40)]
+        with serving(*flood) as server:
+            done = cli("run", "x", "--quiet", *model(server))
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert "cannot write the event log: No space left on device" in done.stderr
+        [row] = json.loads(cli("runs", "--json").stdout)
+        assert row["outcome"] == "died" and row["steps"] >= 2  # what was written is whole
+    finally:
+        subprocess.run(["umount", str(tmp_path / "runs")], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("container")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--tasks", "1", "--max-tokens", "500", "--model-dir", "MODEL"],
+        ["eval", "MODEL", "--per-depth", "1", "--sandboxes", "2"],
+        ["train", "rl", "--start", "MODEL", "--out", "OUT", "--prompts", "1", "--group-size", "2"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_an_interrupt_of_the_model_commands_leaves_nothing_behind(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    from rorqual.sandbox.state import StateDir
+
+    monkeypatch.setenv("RORQUAL_STATE", str(tmp_path / "state"))
+    state = StateDir.from_environment()
+    state.prepare()
+    names = {"MODEL": str(small_model), "OUT": str(tmp_path / "out")}
+    argv, environment = command(tmp_path, *(names.get(word, word) for word in arguments))
+    process = subprocess.Popen(
+        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: any(state.sandboxes.iterdir()) or process.poll() is not None, limit=200)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("rorqual: interrupted")
+    wait_until(lambda: not any(state.sandboxes.iterdir()) and not any(state.keepers.iterdir()), limit=30)
+    assert str(state.root) not in Path("/proc/self/mountinfo").read_text()
+    for directory in (state.keepers, state.sandboxes, state.run):
+        directory.rmdir()
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_sft_keeps_its_checkpoint_and_fresh_deletes_only_runs(
+    cli: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    argv, environment = command(tmp_path, "train", "sft", "--out", str(out), "--steps", "1000")
+    process = subprocess.Popen(
+        argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: (out / "tokenizer.json").exists() or process.poll() is not None, limit=200)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert err.splitlines()[-1].startswith("rorqual: interrupted")
+    assert {path.name for path in out.iterdir()} <= {"tokenizer.json", "state.safetensors"}
+    (out / "mine.txt").write_text("x")
+    refused = cli("train", "sft", "--out", str(out), "--fresh", "--steps", "1")
+    assert refused.returncode == 2 and "mine.txt, which no run left: nothing is deleted" in refused.stderr
+    assert (out / "tokenizer.json").exists()
+
+
+def test_fresh_empties_a_run_but_never_a_model(tmp_path: Path) -> None:
+    from rorqual._cli.exits import CliError
+    from rorqual._cli.train import _prepare
+
+    run, weights = tmp_path / "run", tmp_path / "weights"
+    for directory, names in (
+        (run, ("state.safetensors", "rl.jsonl", "before.json", ".state.safetensors.tmp")),
+        (weights, ("config.json", "model.safetensors", "tokenizer.json")),
+    ):
+        directory.mkdir()
+        for name in names:
+            (directory / name).touch()
+    _prepare(run, fresh=False)
+    assert run.exists()
+    _prepare(run, fresh=True)
+    assert not run.exists()
+    with pytest.raises(CliError, match="is a model, not a run"):
+        _prepare(weights, fresh=True)
+    assert len(list(weights.iterdir())) == 3
+    with pytest.raises(CliError, match="not a directory"):
+        _prepare(weights / "config.json", fresh=False)
 
 
 def test_debug_shows_the_traceback(cli: Run) -> None:

@@ -22,7 +22,7 @@ SMALL = Config.preset("tiny").replace(
     hidden_size=32, num_hidden_layers=3, compress_ratios=(0, 4, 32), head_dim=32, num_attention_heads=2,
     q_lora_rank=16, o_lora_rank=16, index_head_dim=16, n_routed_experts=4, moe_intermediate_size=16,
 )  # fmt: skip
-RECIPE = SFTConfig(steps=6, batch_tokens=1536, vocab_size=300, corpus=40, warmup=2, checkpoint_every=2)
+RECIPE = SFTConfig(steps=6, batch_tokens=2048, vocab_size=512, corpus=60, warmup=2, checkpoint_every=2)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_the_loss_falls_and_a_loadable_model_is_left(tmp_path):
     sft.run(tmp_path, dataclasses.replace(RECIPE, steps=30), model_config=SMALL, on_step=rows.append)
     assert rows[-1]["loss"] < rows[0]["loss"] - 1.0
     model = Model.from_pretrained(tmp_path)
-    assert model.config.vocab_size == 300 and len(model.mtp) == 1
+    assert model.config.vocab_size == 512 and len(model.mtp) == 1
     facts = json.loads((tmp_path / "training.json").read_text())
     assert facts["recipe"] == "sft" and facts["steps"] == 30
 

@@ -9,6 +9,15 @@ __all__ = ["DONE", "FAILED", "INTERRUPTED", "UNFIT", "WRONG_USE", "CliError", "d
 
 DONE, FAILED, WRONG_USE, UNFIT, INTERRUPTED = 0, 1, 2, 3, 130
 
+EXTRAS = {
+    "torch": "model",
+    "safetensors": "model",
+    "tokenizers": "model",
+    "numpy": "model",
+    "matplotlib": "train",
+}
+"""Optional package -> the extra that brings it."""
+
 
 class CliError(Exception):
     """A command cannot go on. One line for the user, and the exit code."""
@@ -39,13 +48,8 @@ def describe(error: BaseException) -> tuple[str, int]:
     room = type(error).__module__.split(".")[:2]
     if room in (["rorqual", "model"], ["rorqual", "engine"], ["rorqual", "rl"], ["rorqual", "chat"]):
         return text, FAILED  # by name: these rooms load torch, which a command may not have needed
-    if isinstance(error, ModuleNotFoundError) and error.name in (
-        "torch",
-        "safetensors",
-        "tokenizers",
-        "numpy",
-    ):
-        return f"this needs {error.name}: pip install 'rorqual[model]'", UNFIT
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"this needs {error.name}: pip install 'rorqual[{EXTRAS[error.name]}]'", UNFIT
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", FAILED
