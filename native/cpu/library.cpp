@@ -155,7 +155,9 @@ int32_t rq_level_runs(int32_t level) { return level == 0; }
 #endif
 
 int64_t rq_scratch_bytes(const RqModel *model, int64_t max_entries, int64_t batch, int32_t threads) {
-  return align(batch * 8) + threads * rq_slot_bytes(model, max_entries, block_rows(batch, 1 > threads ? 1 : threads));
+  // Not block_rows(batch): fewer busy rows can make larger blocks (33 rows: 9 each; 32 of them: 16 each).
+  const int64_t most = batch < RQ_BLOCK_ROWS ? batch : (int64_t)RQ_BLOCK_ROWS;
+  return align(batch * 8) + (1 > threads ? 1 : threads) * rq_slot_bytes(model, max_entries, most);
 }
 
 int64_t rq_step(const RqStep *step, void *pool) {

@@ -389,3 +389,28 @@ def test_the_structures_have_the_size_of_the_header():
     """The same sizes are asserted in native/cpu/library.cpp when it compiles."""
     mirrors = (cpu.ModelPointers, cpu.LayerPointers, cpu.StatePointers, cpu.Step)
     assert [ctypes.sizeof(mirror) for mirror in mirrors] == [168, 288, 80, 88]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_idle_rows_never_need_more_scratch_than_was_given(monkeypatch, threads):
+    """33 rows go in blocks of 9 over two threads, 32 of them in blocks of 16: the buffer must hold either."""
+    from rorqual.model import native_step
+
+    model = Model(TINY).initialize(0).eval()
+    step, guard, buffers = NativeStep(threads=threads), 1 << 16, []
+
+    def guarded(self, need):
+        buffer = torch.full((need + guard + 64,), 0xA5, dtype=torch.uint8)
+        start = -buffer.data_ptr() % 64
+        buffers.append((buffer, start + need))
+        return buffer.data_ptr() + start
+
+    monkeypatch.setattr(native_step._Plan, "scratch_at", guarded)
+    for batch in (2, 33, 65, 96, 97):
+        for busy in {1, batch // 2, batch - 1, batch}:
+            counts = torch.zeros(batch, dtype=torch.int64)
+            counts[:busy] = 1
+            ids = torch.zeros(batch, 1, dtype=torch.int64)
+            assert step.extend(model, ids, model.new_state(batch), counts=counts) is not None
+            buffer, end = buffers.pop()
+            assert bool((buffer[end:] == 0xA5).all()), f"{batch} rows, {busy} busy: wrote past the buffer"

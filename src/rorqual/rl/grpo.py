@@ -65,10 +65,11 @@ class GRPOConfig:
 
 RECIPES: dict[str, GRPOConfig] = {
     "hop-recover": GRPOConfig(mixture=tuple(("hop-recover", depth, 1.0) for depth in (1, 2, 3, 4))),
+    # Meant to follow hop-recover: enough of it to keep what was learned, the rest for what comes next.
     "mixed": GRPOConfig(
         mixture=(
-            *(("hop-recover", depth, 1.0) for depth in (1, 2, 3, 4)),
-            *(("calc-tool", depth, 0.7) for depth in (1, 2, 3)),
+            *(("hop-recover", depth, 0.6) for depth in (1, 2, 3, 4)),
+            *(("calc-tool", depth, 2.0) for depth in (1, 2, 3)),
         ),
         eval_families=("hop-recover", "calc-tool"),
     ),
