@@ -86,7 +86,7 @@ def _python() -> list[Finding]:
             name="embedded model",
             ok=not absent,
             detail=f"{RAISED_DIR}: {', '.join(absent)} missing" if absent else str(RAISED_DIR),
-            fix="rorqual train sft",
+            fix="reinstall the package (the weights ship with it), or train: rorqual train sft",
         )
     )
     return found
