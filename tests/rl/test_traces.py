@@ -94,7 +94,8 @@ def test_stream_resumes_at_any_index_and_depends_on_nothing_else() -> None:
 def test_stream_draws_families_by_weight_and_depths_of_the_split() -> None:
     drawn = list(islice(traces.stream("train", seed=1), 2000))
     hops = sum(trace.task.family == "hop-recover" for trace in drawn)
-    assert abs(hops - 1200) < 4 * (2000 * 0.6 * 0.4) ** 0.5
+    share = traces.WEIGHTS["hop-recover"] / sum(traces.WEIGHTS.values())
+    assert abs(hops - 2000 * share) < 4 * (2000 * share * (1 - share)) ** 0.5
     for family in tasks.families():
         depths = {trace.task.depth for trace in drawn if trace.task.family == family}
         assert depths == set(tasks.depths(family, split="train"))
