@@ -52,8 +52,8 @@ def test_a_client_that_goes_away_frees_its_row(endless, path, body):
     scheduler = endless.service.scheduler
     with asking(endless, path, body):
         until(lambda: any(len(job.answer.ids) > 10 for job in list(scheduler._decoding.values())))
-    until(lambda: scheduler.held == 0)
-    assert len(scheduler._rows) == 0 and scheduler._reserved == 0 and len(scheduler.prefixes) == 1
+    until(lambda: scheduler.held == 0 and len(scheduler._rows) == 0 and scheduler._reserved == 0)
+    until(lambda: len(scheduler.prefixes) == 1)
 
 
 def test_queued_clients_that_go_away(endless):

@@ -175,7 +175,8 @@ class Log:
             except queue.Empty:
                 return
             if item is not None and item[1].set_running_or_notify_cancel():
-                item[1].set_exception(TrajectoryError(f"the trajectory log {self.path}: {self._failed}"))
+                text = f"the trajectory log {self.path} cannot be written: {self._failed}"
+                item[1].set_exception(TrajectoryError(text))
 
     def close(self) -> None:
         """Commits what is queued and closes the file. Idempotent."""
