@@ -33,6 +33,20 @@ CREATE TABLE IF NOT EXISTS trajectory (
 """
 
 
+def _write_ahead(connection: sqlite3.Connection, *, patience: float = 10.0) -> None:
+    """Switches to WAL. SQLite's own busy timeout does not cover this: two processes that open a new file at once
+    collide. Raises sqlite3.OperationalError when it stays locked for `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+
+
 def connect(path: str) -> sqlite3.Connection:
     """Opens (and makes) a log. Raises sqlite3.Error, or ValueError when a newer version wrote it."""
     os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
@@ -43,7 +57,7 @@ def connect(path: str) -> sqlite3.Connection:
             raise ValueError(
                 f"{path}: trajectory format {version}, this version reads {FORMAT}; update rorqual"
             )
-        connection.execute("PRAGMA journal_mode=WAL")
+        _write_ahead(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA wal_autocheckpoint=4000")
         if version == 0:
