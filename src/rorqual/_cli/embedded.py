@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 import rorqual
 from rorqual._cli.exits import UNFIT, CliError
+from rorqual._cli.model_dir import FILES, open_model_dir
 
 if TYPE_CHECKING:
     from rorqual.agent import EmbeddedModel
     from rorqual.engine import Engine
 
-__all__ = ["EMBEDDED_DIR", "RAISED_DIR", "open_embedded"]
+__all__ = ["EMBEDDED_DIR", "FILES", "RAISED_DIR", "open_embedded"]
 
 EMBEDDED_DIR = Path(rorqual.__file__).parent / "embedded"
 """The warm start: trained on demonstrations, most of which give up or guess."""
 RAISED_DIR = EMBEDDED_DIR / "rl"
 """What reinforcement learning made of it; the model of `run` and `demo`."""
 NAMES = {EMBEDDED_DIR: "rorqual-embedded (before RL)", RAISED_DIR: "rorqual-embedded"}
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def open_embedded(
@@ -46,15 +46,9 @@ def open_embedded(
                 code=UNFIT,
             ) from error
     from rorqual.agent import EmbeddedConfig, EmbeddedModel
-    from rorqual.chat import ChatError, Tokenizer
-    from rorqual.engine import Engine, SamplingParams
-    from rorqual.model.errors import ModelError
+    from rorqual.engine import SamplingParams
 
-    try:
-        tokenizer = Tokenizer.from_file(directory)
-        engine = Engine(directory)
-    except (ModelError, ChatError) as error:
-        raise CliError(f"the model in {directory} cannot be loaded: {error}", code=UNFIT) from error
+    engine, tokenizer = open_model_dir(directory)
     return EmbeddedModel(
         engine,
         tokenizer,

@@ -7,7 +7,6 @@ cache formats are a later issue's; today's state is the model's `CacheState`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,8 +207,3 @@ def predicted_bytes(config: Config, tokens: int, element_size: int) -> int:
             for width in widths:
                 total += (coff * ratio - 1) * 2 * coff * width * 4 + tokens // ratio * width * element_size
     return total
-
-
-def with_sequence(params: SamplingParams, sequence: int) -> SamplingParams:
-    """`params` for another sequence number."""
-    return dataclasses.replace(params, sequence=sequence)

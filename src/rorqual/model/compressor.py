@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rorqual.kernels import apply_rope, overlap_rows, pool
 from rorqual.model.layers import Linear, RMSNorm, Rope
-from rorqual.model.state import EntryStore, RowHistory
+from rorqual.model.state import RowHistory
 
 __all__ = ["Compressor"]
 
@@ -87,8 +87,3 @@ class Compressor(nn.Module):
         # A row of only -inf (an invalid block) would pool to NaN and poison nothing, but keep it finite anyway.
         scores = torch.where(valid[..., None, None], scores, 0.0)
         return blocks, self.finish(pool(values, scores), blocks, rope, x.dtype), valid
-
-    def store(self, extended: tuple[Tensor, Tensor, Tensor] | None, entries: EntryStore) -> None:
-        """Writes what `extend` returned."""
-        if extended is not None:
-            entries.write(*extended)

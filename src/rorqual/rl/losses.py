@@ -11,22 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["PolicyStats", "group_advantages", "policy_loss", "token_log_probs"]
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyStats:
-    """Diagnostics of one loss, means over its tokens."""
-
-    clip_share: float
-    log_ratio: float
-    """mean |log pi - log pi_old|: on the first step, the gap between cached decoding and training."""
-    entropy: float
+__all__ = ["group_advantages", "policy_loss", "token_log_probs"]
 
 
 def group_advantages(
