@@ -116,7 +116,7 @@ def test_unknown_options_exit_with_2(cli: Run) -> None:
 
 def test_a_missing_embedded_model_names_the_file(cli: Run, tmp_path: Path) -> None:
     done = cli("demo", "--model-dir", str(tmp_path))
-    assert done.returncode == 3 and f"{tmp_path}/config.json is missing" in done.stderr
+    assert done.returncode == 3 and f"{tmp_path} is incomplete: config.json is missing" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -235,8 +235,7 @@ def test_an_interrupt_of_sft_keeps_its_checkpoint_and_fresh_deletes_only_runs(
     wait_until(lambda: (out / "tokenizer.json").exists() or process.poll() is not None, limit=200)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
-    # 130, or death by SIGINT while Python shuts down: a shell reports both as 130.
-    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in err, err
+    assert process.returncode == 130 and "Traceback" not in err, err
     assert err.splitlines()[-1].startswith("rorqual: interrupted")
     assert {path.name for path in out.iterdir()} <= {"tokenizer.json", "state.safetensors"}
     (out / "mine.txt").write_text("x")

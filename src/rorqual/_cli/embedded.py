@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rorqual
-from rorqual._cli.exits import UNFIT, CliError
-from rorqual._cli.model_dir import FILES, open_model_dir
+from rorqual._cli.exits import CliError
+from rorqual._cli.model_dir import FILES, check_model_dir, open_model_dir
 
 if TYPE_CHECKING:
     from rorqual.agent import EmbeddedModel
@@ -28,23 +27,10 @@ def open_embedded(
     directory: Path = RAISED_DIR, *, seed: int, temperature: float = 1.0, max_tokens: int = 512
 ) -> EmbeddedModel:
     """A model adapter over our engine. Raises CliError if a file or an optional package is missing."""
-    missing = [name for name in FILES if not (directory / name).is_file()]
-    if missing:
-        what = "the embedded model is" if directory in NAMES else "the model directory is"
-        raise CliError(
-            f"{what} incomplete: {directory / missing[0]} is missing. "
-            "Reinstall the package, or use another model with --model URL",
-            code=UNFIT,
-        )
-    for module in ("torch", "safetensors", "tokenizers"):
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise CliError(
-                f"the embedded model needs {module} ({error}): pip install 'rorqual[model]', "
-                "or use another model with --model URL",
-                code=UNFIT,
-            ) from error
+    try:
+        check_model_dir(directory)
+    except CliError as error:
+        raise CliError(f"{error}; or use another model with --model URL", code=error.code) from error
     from rorqual.agent import EmbeddedConfig, EmbeddedModel
     from rorqual.engine import SamplingParams
 
