@@ -72,6 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         text, code = describe(error)
         sys.stderr.write(f"rorqual: {text}\n")
+        if code == INTERRUPTED:
+            # CPython 3.11 remembers an interrupt that passed through an exec() of text (dataclasses do that while
+            # torch is imported), even one that was caught, and `python -m` then kills itself by SIGINT instead of
+            # exiting with our code. The next exec() of text forgets it.
+            exec("")
         sys.exit(code)
 
 
