@@ -1,6 +1,6 @@
 """Compiles librorqual_cpu.so: `python native/cpu/build.py OUT [--cxx g++] [--flag -fsanitize=address ...]`.
 
-The same step.cpp once per instruction level, in objects of its own; only those objects hold the wider instructions.
+The same SOURCES once per instruction level, in objects of their own; only those objects hold the wider instructions.
 No fast-math and no contraction: a product and a sum fuse only where the source says so. Needs g++ or clang++.
 """
 
@@ -16,14 +16,18 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-exceptions -fno-rtti -fvisibility=hidden -Wall -Wextra"
+SOURCES = ("step.cpp",)
+"""Compiled per level, with RQ_LEVEL its name; RQ_FIRST is set for the portable one. library.cpp is compiled once."""
+# gcc 12's own avx512fintrin.h trips its warning about uninitialised values (gcc bug 105593, fixed in 13).
+AVX512 = [
+    *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+]
 LEVELS = {
     "portable": [],
-    "avx2": ["-mavx2", "-mfma"],
-    # gcc 12's own avx512fintrin.h trips its warning about uninitialised values (gcc bug 105593, fixed in 13).
-    "avx512": [
-        *["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-        *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
-    ],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
 }
 
 
@@ -45,31 +49,31 @@ def build(out: Path, cxx: str, *, flags: Sequence[str] = ()) -> None:
         commands = [[*common, "-c", str(HERE / "library.cpp"), "-o", objects[0]]]
         for level, extra in levels.items():
             first = ["-DRQ_FIRST"] if level == "portable" else []
-            objects.append(f"{place}/{level}.o")
-            commands.append(
-                [
-                    *common,
-                    *extra,
-                    *first,
-                    f"-DRQ_LEVEL={level}",
-                    "-c",
-                    str(HERE / "step.cpp"),
-                    "-o",
-                    objects[-1],
-                ]
-            )
-        running = [subprocess.Popen(command) for command in commands]
-        for process, command in zip(running, commands, strict=True):
-            if process.wait():
-                for other in running:
-                    other.wait()
-                raise subprocess.CalledProcessError(process.returncode, command)
+            for source in SOURCES:
+                objects.append(f"{place}/{level}-{source}.o")
+                wanted = [*common, *extra, *first, f"-DRQ_LEVEL={level}", f"-DRQ_NS=rq_{level}"]
+                commands.append([*wanted, "-c", str(HERE / source), "-o", objects[-1]])
+        _run_all(commands, os.cpu_count() or 1)
         linked = f"{place}/{out.name}"
         subprocess.run(
             [cxx, *flags, "-shared", "-Wl,--as-needed", "-o", linked, *objects, "-lm", "-lpthread"],
             check=True,
         )
         os.replace(linked, out)
+
+
+def _run_all(commands: Sequence[Sequence[str]], jobs: int) -> None:
+    """Runs the commands, `jobs` at a time. Raises CalledProcessError once those that had started have ended."""
+    waiting, running, failed = list(commands), [], None
+    while running or (waiting and failed is None):
+        while waiting and failed is None and len(running) < jobs:
+            command = waiting.pop(0)
+            running.append((subprocess.Popen(command), command))
+        process, command = running.pop(0)
+        if process.wait() and failed is None:
+            failed = subprocess.CalledProcessError(process.returncode, command)
+    if failed is not None:
+        raise failed
 
 
 if __name__ == "__main__":

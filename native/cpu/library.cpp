@@ -8,7 +8,11 @@
 
 #include "levels.h"
 
-static_assert(sizeof(RqModel) == 168 && sizeof(RqLayer) == 288 && sizeof(RqLayerState) == 80 && sizeof(RqStep) == 88,
+static_assert(sizeof(RqMatrix) == 24 && sizeof(RqModel) == 200 && sizeof(RqCompressor) == 64 && sizeof(RqLayer) == 512 &&
+                  sizeof(RqLayerCache) == 64 && sizeof(RqSegment) == 48 && sizeof(RqForward) == 120 &&
+                  sizeof(RqMtp) == 96,
+              "src/rorqual/kernels/cpu.py mirrors these structures");
+static_assert(sizeof(RqStepModel) == 168 && sizeof(RqStepLayer) == 288 && sizeof(RqLayerState) == 80 && sizeof(RqStep) == 88,
               "src/rorqual/kernels/cpu.py mirrors these structures");
 
 namespace {
@@ -87,6 +91,7 @@ const RqKernels *kernels(int32_t level) {
 #if defined(__x86_64__)
     case 1: return &rq_kernels_avx2;
     case 2: return &rq_kernels_avx512;
+    case 3: return &rq_kernels_avx512_bf16;
 #endif
     default: return &rq_kernels_portable;
   }
@@ -117,7 +122,7 @@ int64_t block_rows(int64_t rows, int32_t threads) {
 int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int32_t wrong(const RqStep *step, int64_t row) {
-  const RqModel *model = step->model;
+  const RqStepModel *model = step->model;
   if (step->counts && (step->counts[row] < 0 || step->counts[row] > 1)) return 1;
   if (step->tokens[row] < 0 || step->tokens[row] >= model->vocab || step->positions[row] < 0) return 1;
   for (int32_t l = 0; l < model->layers; l++) {
@@ -137,16 +142,22 @@ extern "C" {
 int32_t rq_abi(void) { return RQ_ABI; }
 
 #if defined(__x86_64__)
-int32_t rq_level_count(void) { return 3; }
+int32_t rq_level_count(void) { return 4; }
 const char *rq_level_name(int32_t level) {
-  return level == 0 ? "portable" : level == 1 ? "avx2" : level == 2 ? "avx512" : nullptr;
+  return level == 0   ? "portable"
+         : level == 1 ? "avx2"
+         : level == 2 ? "avx512"
+         : level == 3 ? "avx512_bf16"
+                      : nullptr;
 }
 int32_t rq_level_runs(int32_t level) {
   __builtin_cpu_init();  // asks the OS, too: xgetbv
-  const int32_t v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const int32_t v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const int32_t v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return level == 0 ? 1 : level == 1 ? v3 : level == 2 ? v4 : 0;
+  const int32_t bf16 = v4 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                       __builtin_cpu_supports("avx512vbmi");
+  return level == 0 ? 1 : level == 1 ? v3 : level == 2 ? v4 : level == 3 ? bf16 : 0;
 }
 #else
 int32_t rq_level_count(void) { return 1; }
@@ -154,7 +165,7 @@ const char *rq_level_name(int32_t level) { return level == 0 ? "portable" : null
 int32_t rq_level_runs(int32_t level) { return level == 0; }
 #endif
 
-int64_t rq_scratch_bytes(const RqModel *model, int64_t max_entries, int64_t batch, int32_t threads) {
+int64_t rq_scratch_bytes(const RqStepModel *model, int64_t max_entries, int64_t batch, int32_t threads) {
   // Not block_rows(batch): fewer busy rows can make larger blocks (33 rows: 9 each; 32 of them: 16 each).
   const int64_t most = batch < RQ_BLOCK_ROWS ? batch : (int64_t)RQ_BLOCK_ROWS;
   return align(batch * 8) + (1 > threads ? 1 : threads) * rq_slot_bytes(model, max_entries, most);

@@ -38,7 +38,7 @@ struct Block {  // working memory of one block
   const float **keys, **in;
   float **out;
 
-  void lay(Arena &a, const RqModel &m, int64_t max_entries, int64_t r) {
+  void lay(Arena &a, const RqStepModel &m, int64_t max_entries, int64_t r) {
     const int64_t n = m.streams, d = m.hidden, wide = larger(m.head_dim, m.index_dim);
     const int64_t slots = r * m.per_token, most_keys = m.window + max_entries + 8;
     streams = a.take<float>(r * n * d);
@@ -149,7 +149,7 @@ uint64_t kth(uint64_t *a, int64_t n, int64_t k) {
 
 struct Run {
   const RqStep &step;
-  const RqModel &m;
+  const RqStepModel &m;
   const int64_t *ids;  // row numbers in the batch
   int64_t count;
   Block s;
@@ -245,7 +245,7 @@ struct Run {
   }
 
   // The entry that the row's token completes: per channel softmax over the pooled rows, norm, RoPE at its block's start.
-  void pool_entry(const RqLayer &layer, const RqCompressor &c, const float *tail, const float *last, int width,
+  void pool_entry(const RqStepLayer &layer, const RqStepCompressor &c, const float *tail, const float *last, int width,
                   int64_t block, float *entry) {
     const int coff = layer.overlap ? 2 : 1, span = coff * layer.ratio, cols = coff * width;
     float *top = s.pool, *total = top + width, *value = total + width;
@@ -272,7 +272,7 @@ struct Run {
   }
 
   // Per-token rows of a compressor, its entry where a block ends, and the tail moved on by one.
-  void compress(const RqLayer &layer, const RqCompressor &c, int width, float *rows, const RqRows &tail,
+  void compress(const RqStepLayer &layer, const RqStepCompressor &c, int width, float *rows, const RqRows &tail,
                 const RqRows &entries) {
     const int cols = (layer.overlap ? 2 : 1) * width;
     lin(c.wkv, cols, m.hidden, s.x, m.hidden, rows, 2 * cols);
@@ -290,7 +290,7 @@ struct Run {
   }
 
   // Appends pointers to the entries that row r attends to, ascending, from keys[j]; returns the new j.
-  int64_t choose(const RqLayer &layer, const RqLayerState &state, int64_t r, int64_t j) {
+  int64_t choose(const RqStepLayer &layer, const RqLayerState &state, int64_t r, int64_t j) {
     const int64_t seen = (position(r) + 1) / layer.ratio;
     const float *entries = state.entries.data + ids[r] * state.entries.stride;
     if (!layer.overlap || seen <= m.index_topk) {
@@ -327,7 +327,7 @@ struct Run {
   }
 
   // One softmax over window, entries and sink; keys are the values (spec/model.md 2.5). Writes s.heads of row r.
-  void attend(const RqLayer &layer, const RqLayerState &state, int64_t r) {
+  void attend(const RqStepLayer &layer, const RqLayerState &state, int64_t r) {
     const int c = m.head_dim, h = m.heads;
     const int64_t keep = m.window - 1, held = position(r) < keep ? position(r) : keep;
     float *window = state.window.data + ids[r] * state.window.stride;
@@ -349,7 +349,7 @@ struct Run {
     push(window, keep, c, s.kv + r * c);
   }
 
-  void attention(const RqLayer &layer, const RqLayerState &state) {
+  void attention(const RqStepLayer &layer, const RqLayerState &state) {
     const int c = m.head_dim, h = m.heads, half = m.rope_dim / 2, compressed = layer.ratio > 0;
     lin(layer.wq_a, m.q_rank, m.hidden, s.x, m.hidden, s.q_r, m.q_rank);
     for (int64_t r = 0; r < count; r++) rms_scale(s.q_r + r * m.q_rank, m.q_rank, m.norm_eps, layer.q_norm);
@@ -390,7 +390,7 @@ struct Run {
     }
   }
 
-  void route(const RqLayer &layer, int64_t r) {
+  void route(const RqStepLayer &layer, int64_t r) {
     const int k = m.per_token;
     float *scores = s.scores + r * m.experts, *weights = s.weights + r * k, total = 0.0f;
     int32_t *picks = s.picks + r * k;
@@ -417,7 +417,7 @@ struct Run {
     for (int i = 0; i < k; i++) weights[i] = weights[i] / (total + 1e-20f) * m.route_scale;
   }
 
-  void experts(const RqLayer &layer) {
+  void experts(const RqStepLayer &layer) {
     const int d = m.hidden, f = m.expert_width, k = m.per_token;
     lin(layer.gate, m.experts, d, s.x, d, s.scores, m.experts);
     for (int64_t r = 0; r < count; r++) route(layer, r);
@@ -462,7 +462,7 @@ struct Run {
         angles(m.freqs[kind], m.rope_dim / 2, position(r), s.turn + (2 * r + kind) * m.rope_dim);
     }
     for (int l = 0; l < m.layers; l++) {
-      const RqLayer &layer = step.layers[l];
+      const RqStepLayer &layer = step.layers[l];
       enter(layer.attn_site, layer.attn_norm);
       attention(layer, step.state[l]);
       merge();
@@ -496,7 +496,7 @@ extern const RqKernels RQ_NAME(RQ_LEVEL);
 const RqKernels RQ_NAME(RQ_LEVEL) = {block};
 
 #if defined(RQ_FIRST)  // the level that also tells how much memory a block needs
-int64_t rq_slot_bytes(const RqModel *model, int64_t max_entries, int64_t rows) {
+int64_t rq_slot_bytes(const RqStepModel *model, int64_t max_entries, int64_t rows) {
   Arena arena{nullptr, 0};
   Block block;
   block.lay(arena, *model, max_entries, rows);

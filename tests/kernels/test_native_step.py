@@ -387,7 +387,7 @@ def test_a_forked_child_makes_threads_of_its_own():
 
 def test_the_structures_have_the_size_of_the_header():
     """The same sizes are asserted in native/cpu/library.cpp when it compiles."""
-    mirrors = (cpu.ModelPointers, cpu.LayerPointers, cpu.StatePointers, cpu.Step)
+    mirrors = (cpu.StepModelPointers, cpu.StepLayerPointers, cpu.StepStatePointers, cpu.Step)
     assert [ctypes.sizeof(mirror) for mirror in mirrors] == [168, 288, 80, 88]
 
 

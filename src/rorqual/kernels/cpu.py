@@ -18,13 +18,23 @@ from pathlib import Path
 
 __all__ = [
     "LIBRARY",
+    "RESOLVE",
+    "CompressorPointers",
     "CpuStatus",
+    "Forward",
+    "LayerCache",
     "LayerPointers",
+    "MatrixPointers",
     "ModelPointers",
+    "MtpPointers",
     "NativeLibrary",
     "Pool",
-    "StatePointers",
+    "SegmentPointers",
+    "SitePointers",
     "Step",
+    "StepLayerPointers",
+    "StepModelPointers",
+    "StepStatePointers",
     "cpu_status",
     "load_library",
 ]
@@ -32,7 +42,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).parent / "_bin" / "librorqual_cpu.so"
-ABI = 1
+ABI = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +58,118 @@ class CpuStatus:
     """One line for people: what runs, or why the torch path does and what to do about it."""
 
 
+class MatrixPointers(ctypes.Structure):
+    """RqMatrix: a weight in place; a zeroed one is absent."""
+
+    _fields_ = (("data", c_void_p), ("scale", c_void_p), ("type", c_int32), ("block", c_int32))
+
+
+class SitePointers(ctypes.Structure):
+    """RqSite."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("fn", "base", "scale"))
+
+
 class ModelPointers(ctypes.Structure):
     """RqModel."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("layers", "hidden", "vocab", "heads", "head_dim", "rope_dim")),
+        *((name, c_int32) for name in ("q_rank", "groups", "o_rank", "window", "index_heads", "index_dim")),
+        *((name, c_int32) for name in ("index_topk", "experts", "per_token", "expert_width")),
+        *((name, c_int32) for name in ("shared_width", "streams", "iters")),
+        *((name, c_float) for name in ("hc_eps", "norm_eps", "route_scale", "limit")),
+        *((name, c_float) for name in ("head_scale", "index_scale")),
+        ("reserved", c_int32),
+        *((name, c_void_p) for name in ("freqs_window", "freqs_compressed")),
+        *((name, MatrixPointers) for name in ("embed", "head")),
+        ("mix", SitePointers),
+        ("norm", c_void_p),
+    )
+
+
+class CompressorPointers(ctypes.Structure):
+    """RqCompressor."""
+
+    _fields_ = (
+        *((name, MatrixPointers) for name in ("wkv", "wgate")),
+        *((name, c_void_p) for name in ("ape", "norm")),
+    )
+
+
+class LayerPointers(ctypes.Structure):
+    """RqLayer."""
+
+    _fields_ = (
+        ("ratio", c_int32),
+        ("overlap", c_int32),
+        ("attn_site", SitePointers),
+        *((name, c_void_p) for name in ("attn_norm", "q_norm", "kv_norm", "sink")),
+        *((name, MatrixPointers) for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")),
+        ("main", CompressorPointers),
+        *((name, MatrixPointers) for name in ("index_wq_b", "index_proj")),
+        ("index", CompressorPointers),
+        ("ffn_site", SitePointers),
+        *((name, c_void_p) for name in ("ffn_norm", "bias", "tid2eid")),
+        ("gate", MatrixPointers),
+        ("experts", c_void_p),
+        *((name, MatrixPointers) for name in ("shared1", "shared3", "shared2")),
+    )
+
+
+class LayerCache(ctypes.Structure):
+    """RqLayerCache."""
+
+    _fields_ = (
+        *(("entries", c_void_p), ("entries_page", c_int64), ("keys", c_void_p), ("keys_page", c_int64)),
+        *((name, c_int64) for name in ("window_at", "tail_at", "index_tail_at")),
+        *((name, c_int32) for name in ("window_rows", "tail_rows")),
+    )
+
+
+class SegmentPointers(ctypes.Structure):
+    """RqSegment."""
+
+    _fields_ = (
+        *(("tokens", c_void_p), ("count", c_int64), ("position", c_int64)),
+        *(("pages", c_void_p), ("slab", c_void_p)),
+        *(("logits", c_int32), ("hidden", c_int32)),
+    )
+
+
+RESOLVE = ctypes.CFUNCTYPE(
+    c_int32, c_void_p, c_int32, ctypes.POINTER(c_int32), c_int32, ctypes.POINTER(MatrixPointers)
+)
+"""RqResolve."""
+
+
+class Forward(ctypes.Structure):
+    """RqForward."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("model", "layers", "caches", "segments")),
+        *(("segment_count", c_int64), ("pages", c_int64)),
+        *((name, c_void_p) for name in ("logits", "hidden", "scratch")),
+        ("scratch_bytes", c_int64),
+        *(("resolve", RESOLVE), ("context", c_void_p)),
+        *((name, c_int32) for name in ("cache_format", "block_tokens", "threads", "level")),
+        *((name, c_int32) for name in ("expert_slots", "reserved")),
+    )
+
+
+class MtpPointers(ctypes.Structure):
+    """RqMtp."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("enorm", "hnorm")),
+        *((name, MatrixPointers) for name in ("e_proj", "h_proj")),
+        ("mix", SitePointers),
+        ("norm", c_void_p),
+    )
+
+
+class StepModelPointers(ctypes.Structure):
+    """RqStepModel."""
 
     _fields_ = (
         *((name, c_int32) for name in ("abi", "layers", "hidden", "vocab", "heads", "head_dim", "rope_dim")),
@@ -63,8 +183,8 @@ class ModelPointers(ctypes.Structure):
     )
 
 
-class LayerPointers(ctypes.Structure):
-    """RqLayer, its nested structures laid flat."""
+class StepLayerPointers(ctypes.Structure):
+    """RqStepLayer, its nested structures laid flat."""
 
     _fields_ = (
         ("ratio", c_int32),
@@ -79,7 +199,7 @@ class LayerPointers(ctypes.Structure):
     )
 
 
-class StatePointers(ctypes.Structure):
+class StepStatePointers(ctypes.Structure):
     """RqLayerState: pointer and row stride (in floats) of each part."""
 
     _fields_ = (
@@ -124,7 +244,7 @@ class NativeLibrary:
         library.rq_pool_create.restype = c_void_p
         library.rq_pool_destroy.argtypes = [c_void_p]
         library.rq_pool_destroy.restype = None
-        library.rq_scratch_bytes.argtypes = [ctypes.POINTER(ModelPointers), c_int64, c_int64, c_int32]
+        library.rq_scratch_bytes.argtypes = [ctypes.POINTER(StepModelPointers), c_int64, c_int64, c_int32]
         library.rq_scratch_bytes.restype = c_int64
         library.rq_step.argtypes = [ctypes.POINTER(Step), c_void_p]
         library.rq_step.restype = c_int64
@@ -135,7 +255,7 @@ class NativeLibrary:
             if library.rq_level_runs(level)
         }
 
-    def scratch_bytes(self, model: ModelPointers, *, entries: int, batch: int, threads: int) -> int:
+    def scratch_bytes(self, model: StepModelPointers, *, entries: int, batch: int, threads: int) -> int:
         """Bytes of working memory that a step needs."""
         return int(self._library.rq_scratch_bytes(model, entries, batch, threads))
 

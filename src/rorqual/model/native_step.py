@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from rorqual.kernels.cpu import (
     ABI,
     LIBRARY,
-    LayerPointers,
-    ModelPointers,
     NativeLibrary,
     Pool,
-    StatePointers,
     Step,
+    StepLayerPointers,
+    StepModelPointers,
+    StepStatePointers,
     load_library,
 )
 from rorqual.model.layers import Rope
@@ -240,7 +240,7 @@ class _Plan:
     def __init__(self, model: Model) -> None:
         config = model.config
         self.config = config
-        self.model = ModelPointers(
+        self.model = StepModelPointers(
             abi=ABI,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -271,7 +271,7 @@ class _Plan:
         # Layers of one kind rotate alike: one table of angles each, [qk_rope_head_dim / 2].
         self._tables = [Rope(config, compressed=kind)._frequencies for kind in (False, True)]
         self.model.freqs_window, self.model.freqs_compressed = (table.data_ptr() for table in self._tables)
-        self.layers = (LayerPointers * config.num_hidden_layers)()
+        self.layers = (StepLayerPointers * config.num_hidden_layers)()
         self._slots = [_Slot(model, path, self.model, field) for field, path in MODEL_FIELDS.items()]
         for layer, ratio, pointers in zip(model.layers, config.compress_ratios, self.layers, strict=True):
             pointers.ratio, pointers.overlap = ratio, int(bool(ratio) and ratio == config.csa_ratio)
@@ -283,7 +283,7 @@ class _Plan:
         self._addresses = [slot.tensor().data_ptr() for slot in self._slots]
         for slot, address in zip(self._slots, self._addresses, strict=True):
             setattr(slot.target, slot.field, address)
-        self.states = (StatePointers * config.num_hidden_layers)()
+        self.states = (StepStatePointers * config.num_hidden_layers)()
         self._held: list[weakref.ref[Tensor]] = []  # tensors that `states` points to
         self.max_entries = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -328,7 +328,7 @@ class _Plan:
                 self._point(layer, name, pointers)
         return True
 
-    def _point(self, layer: LayerState, name: str, pointers: StatePointers) -> None:
+    def _point(self, layer: LayerState, name: str, pointers: StepStatePointers) -> None:
         part = getattr(layer, name)
         if part is None:
             return
