@@ -9,7 +9,7 @@
 #include "levels.h"
 
 static_assert(sizeof(RqMatrix) == 24 && sizeof(RqModel) == 200 && sizeof(RqCompressor) == 64 && sizeof(RqLayer) == 512 &&
-                  sizeof(RqLayerCache) == 64 && sizeof(RqSegment) == 48 && sizeof(RqForward) == 120 &&
+                  sizeof(RqLayerCache) == 64 && sizeof(RqSegment) == 56 && sizeof(RqForward) == 120 &&
                   sizeof(RqMtp) == 96,
               "src/rorqual/kernels/cpu.py mirrors these structures");
 static_assert(sizeof(RqStepModel) == 168 && sizeof(RqStepLayer) == 288 && sizeof(RqLayerState) == 80 && sizeof(RqStep) == 88,

@@ -78,6 +78,8 @@ typedef struct {          // one sequence's part of a call
   uint8_t *slab;          // the sequence's rings
   int32_t logits;         // rows of logits: 0 none, 1 the last token's, 2 every token's
   int32_t hidden;         // rows of residual streams: those of the last `hidden` tokens, 0 to count
+  int32_t frozen;         // 1: entries and keys of these tokens lie in the pages already: rings are written, pages are not
+  int32_t reserved;
 } RqSegment;
 
 // Gives out[i][0..2] = w1, w3, w2 of expert ids[i] (ascending, distinct), valid until the next call of it. Called by one

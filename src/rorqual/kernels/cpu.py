@@ -133,7 +133,7 @@ class SegmentPointers(ctypes.Structure):
     _fields_ = (
         *(("tokens", c_void_p), ("count", c_int64), ("position", c_int64)),
         *(("pages", c_void_p), ("slab", c_void_p)),
-        *(("logits", c_int32), ("hidden", c_int32)),
+        *((name, c_int32) for name in ("logits", "hidden", "frozen", "reserved")),
     )
 
 
