@@ -24,7 +24,7 @@ from rorqual.model.quant import unpack_fp4_weight, unpack_fp8_weight
 if TYPE_CHECKING:
     from rorqual.model.transformer import Model
 
-__all__ = ["Drafter", "Expert", "Kind", "ModelWeights", "Packed", "Weights", "split_expert"]
+__all__ = ["Drafter", "Expert", "Kind", "ModelWeights", "Packed", "Weights", "block_prefix", "split_expert"]
 
 Kind = Literal["f32", "bf16", "fp8", "fp4"]
 Drafter = Literal["mtp", "dspark"]
@@ -87,10 +87,6 @@ class Weights(Protocol):
     def experts_resident(self) -> bool:
         """Whether `matrix` gives routed experts that stay where they are; else use `load_experts`."""
 
-    @property
-    def expert_slots(self) -> int | None:
-        """How many experts one `load_experts` may ask for at most; None: any number."""
-
     def matrix(self, name: str) -> Packed:
         """The matrix `name`. Raises CheckpointError: no such matrix, or its values are damaged."""
 
@@ -104,7 +100,7 @@ class Weights(Protocol):
         """The routed experts `ids` of `layer`, in that order. `layer` num_hidden_layers + k is MTP block k.
 
         What is returned stays valid until the next call, no longer. Raises CheckpointError (damaged values, a
-        read that fails), IndexError (no such layer or expert), ValueError (more ids than `expert_slots`).
+        read that fails), IndexError (no such layer or expert).
         """
 
 
@@ -133,7 +129,6 @@ class ModelWeights:
     """
 
     experts_resident = True
-    expert_slots = None
 
     def __init__(self, model: Model) -> None:
         self._model = model
