@@ -1,4 +1,4 @@
-"""Core attention against a plain-loop oracle, and its own backward against finite differences."""
+"""Core attention against a plain-loop oracle; the masked, the gathered and the block form against each other."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from tests.oracles.attention import attention as oracle
 SHAPE = {"batch": 2, "heads": 3, "width": 6, "window": 4, "ratio": 4}
 
 
-def _inputs(length, entries, *, seed=0, grad=False):
+def _inputs(length, entries, *, seed=0):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=grad)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     batch, heads, width = SHAPE["batch"], SHAPE["heads"], SHAPE["width"]
     q, kv, far, sink = draw(batch, length, heads, width), draw(batch, length, width), None, draw(heads)
@@ -27,10 +27,8 @@ def _inputs(length, entries, *, seed=0, grad=False):
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 13, 16])
 def test_block_attention_equals_the_loop_oracle(length):
     entries = length // SHAPE["ratio"]
-    q, kv, far, sink, mask = _inputs(length, entries)
-    out, _ = attend_blocks(
-        q, kv, sink=sink, window=SHAPE["window"], entries=far, entries_mask=mask if entries else None
-    )
+    q, kv, far, sink, _ = _inputs(length, entries)
+    out, _ = attend_blocks(q, kv, sink=sink, window=SHAPE["window"], entries=far, ratio=SHAPE["ratio"])
     for b in range(SHAPE["batch"]):
         expected = oracle(
             q[b].tolist(),
@@ -48,7 +46,7 @@ def test_masked_form_equals_the_block_form():
     steps = torch.arange(13)
     window = (steps[None] <= steps[:, None]) & (steps[None] > steps[:, None] - SHAPE["window"])
     masked = attend(q, kv, window[None], sink=sink, entries=far, entries_mask=mask)
-    blocks, _ = attend_blocks(q, kv, sink=sink, window=SHAPE["window"], entries=far, entries_mask=mask)
+    blocks, _ = attend_blocks(q, kv, sink=sink, window=SHAPE["window"], entries=far, ratio=SHAPE["ratio"])
     torch.testing.assert_close(masked, blocks, atol=1e-6, rtol=0)  # `attend` takes logits in fp32
 
 
@@ -64,31 +62,3 @@ def test_gathered_entries_equal_masked_entries():
     gathered = far[:, None].gather(2, index)
     picked = attend(q, kv, window, sink=sink, entries=gathered, entries_mask=(keep >= 0)[:, None])
     torch.testing.assert_close(whole, picked, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("entries", [0, 3])
-def test_backward_equals_finite_differences(entries):
-    q, kv, far, sink, mask = _inputs(13, entries, grad=True)
-
-    def run(q, kv, sink, *far):
-        return attend_blocks(
-            q,
-            kv,
-            sink=sink,
-            window=SHAPE["window"],
-            entries=far[0] if far else None,
-            entries_mask=mask if far else None,
-        )[0]
-
-    assert torch.autograd.gradcheck(run, (q, kv, sink, *([far] if entries else [])))
-
-
-def test_weights_of_entries_and_window_and_sink_sum_to_one():
-    q, kv, far, sink, mask = _inputs(16, 4)
-    ones = torch.ones_like(kv)
-    out, weights = attend_blocks(
-        q, ones, sink=torch.full_like(sink, -1e9), window=4, entries=torch.ones_like(far), entries_mask=mask
-    )
-    torch.testing.assert_close(out, torch.ones_like(out))  # a sink of no weight: the rest is a mean of ones
-    assert weights.shape == (2, 16, 3, 4)
-    assert bool((weights[:, :3] == 0).all())  # nothing is complete before the fourth token

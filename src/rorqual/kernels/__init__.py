@@ -8,7 +8,7 @@ Ops: `attention` (window, compressed entries and sink in one softmax), `indexer`
 from rorqual.kernels.attention import attend, attend_blocks
 from rorqual.kernels.cpu import CpuStatus, cpu_status
 from rorqual.kernels.hadamard import hadamard
-from rorqual.kernels.indexer import index_scores, select_top_k
+from rorqual.kernels.indexer import index_loss, index_scores, select_entries, select_top_k
 from rorqual.kernels.pooling import overlap_rows, pool
 from rorqual.kernels.rope import apply_rope, rope_frequencies, rope_table
 from rorqual.kernels.sinkhorn import sinkhorn
@@ -20,11 +20,13 @@ __all__ = [
     "attend_blocks",
     "cpu_status",
     "hadamard",
+    "index_loss",
     "index_scores",
     "overlap_rows",
     "pool",
     "rope_frequencies",
     "rope_table",
+    "select_entries",
     "select_top_k",
     "sinkhorn",
 ]

@@ -2,19 +2,25 @@
 
 l = q_h . k / sqrt(D); weights = exp(l - max) / (sum exp(l - max) + exp(sink_h - max)).  (spec/model.md 2.5)
 Two forms of the same sum: `attend` takes any masks (cached decode, chunked prefill), `attend_blocks` is the
-differentiable full-sequence form, whose window costs T * 2W, not T * T.
-Shapes: B batch, T queries, H heads, D head width, J window rows, S compressed entries, W window.
+differentiable full-sequence form. It goes through blocks of queries and keeps of the weights only their logarithmic
+sum, from which backward makes them again: memory is linear in T, and no tensor has T * T or T * S elements.
+Shapes: B batch, T queries, H heads, D head width, J window rows, S compressed entries, W window, K picked entries,
+C queries of a block, M ratio.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend", "attend_blocks"]
+__all__ = ["attend", "attend_blocks", "query_blocks"]
 
 NEGATIVE = float("-inf")
+BLOCK_ELEMENTS = 1 << 18
+"""Logits that a block of queries may make: 1 MB in fp32, what a core's cache keeps. Measured best of 2^16 to 2^20."""
 
 
 def _softmax_with_sink(logits: Tensor, sink: Tensor) -> Tensor:
@@ -61,6 +67,19 @@ def attend(
     return out
 
 
+def query_blocks(
+    length: int, *, rows: int, ratio: int, entries: int, multiple: int = 1
+) -> Iterator[tuple[int, int, int]]:
+    """Cuts T = `length` queries into blocks: first query, last + 1, entries that the block's last query sees.
+
+    A query is `rows` = B * H rows of logits. Blocks are multiples of `multiple`, the last may be short.
+    """
+    size = max(BLOCK_ELEMENTS // (rows * max(entries, 2 * multiple)) // multiple, 1) * multiple
+    for first in range(0, length, size):
+        last = min(first + size, length)
+        yield first, last, min(last // ratio, entries) if entries else 0
+
+
 def attend_blocks(
     q: Tensor,
     kv: Tensor,
@@ -68,96 +87,153 @@ def attend_blocks(
     sink: Tensor,
     window: int,
     entries: Tensor | None = None,
-    entries_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Causal attention of a whole sequence from position 0; returns [B, T, H, D] and the entries' weights.
+    ratio: int = 1,
+    picked: Tensor | None = None,
+    entries_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of a whole sequence from position 0; returns [B, T, H, D] and log-sums fp32 [B, T, H].
 
-    q [B, T, H, D], kv [B, T, D]; each query sees the last `window` rows, itself included, and the entries
-    [B, S, D] that `entries_mask` bool [B or 1, T, S] shows. Weights are fp32 [B, T, H, S], without gradient (for
-    the indexer's loss), None without entries.
+    q [B, T, H, D], kv [B, T, D]; each query sees the last `window` rows, itself included, and the entries s < (t+1)//M
+    of `entries` [B, S, D]; with `picked` int64 [B, T, K] (-1: none) only those among them. `entries_bias` fp32
+    [B or 1, T] is added to a query's logits of entries. The log-sums carry no gradient: exp(l - log-sum) is a weight
+    (the indexer's loss uses them).
     """
     batch, length, _, width = q.shape
     pad = -length % window
-    kv = kv.to(q.dtype)
-    if pad:
-        q, kv = F.pad(q, (0, 0, 0, 0, 0, pad)), F.pad(kv, (0, 0, 0, pad))
-    if entries is None or entries_mask is None or not entries.shape[1]:
-        entries, far_bias = q.new_zeros(batch, 0, width), torch.zeros(1, length + pad, 0, device=q.device)
-    else:
-        entries = entries.to(q.dtype)
-        far_bias = torch.zeros(entries_mask.shape, device=q.device).masked_fill_(~entries_mask, NEGATIVE)
-        far_bias = F.pad(far_bias, (0, 0, 0, pad)) if pad else far_bias
+    kv = F.pad(kv.to(q.dtype), (0, 0, window, pad))  # a block of zeros before the first: [B, W+T, D]
+    q = F.pad(q, (0, 0, 0, 0, 0, pad)) if pad else q
+    far = q.new_zeros(batch, 0, width) if entries is None else entries.to(q.dtype)
+    if pad and entries_bias is not None:
+        entries_bias = F.pad(entries_bias, (0, pad))
+    if pad and picked is not None:
+        picked = F.pad(picked, (0, 0, 0, pad), value=-1)
     with torch.autocast(q.device.type, enabled=False):
-        out, weights = _BlockAttention.apply(q, kv, entries, sink, far_bias, window)  # type: ignore[no-untyped-call]
-    return out[:, :length], weights[:, :length] if entries.shape[1] else None
+        out, log_sum = _BlockAttention.apply(q, kv, far, sink, ratio, picked, entries_bias, window)  # type: ignore[no-untyped-call]
+    return out[:, :length], log_sum[:, :length]
 
 
-def _near_bias(blocks: int, window: int, device: torch.device) -> Tensor:
-    """fp32 [blocks, W, 1, 2W]: 0 where a query sees a row of its own or the previous block, else -inf."""
+class _Block:
+    """Logits of one block of queries: `near` [B, C/W, W, H, 2W] on the window, `far` [B, C, H, seen] on entries."""
+
+    def __init__(self, rows, kv, entries, ratio, picked, bias, near, window, span) -> None:  # type: ignore[no-untyped-def]
+        self.first, self.last, self.seen = first, last, seen = span
+        batch, _, heads, _ = rows.shape
+        self.rows = rows[:, first:last]
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        self.blocks = (batch, (last - first) // window, window * heads, -1)
+        self.flat = (batch, (last - first) * heads, -1)
+        keys = kv[:, first : last + window].unfold(1, 2 * window, window)
+        self.keys = keys.transpose(
+            2, 3
+        ).contiguous()  # [B, C/W, 2W, D]: the windows overlap, products need copies
+        if near is None:
+            near = (self.rows.reshape(self.blocks) @ self.keys.transpose(2, 3)).to(wide)
+            near = near.view(batch, -1, window, heads, 2 * window).add_(_near_bias(window, near.device))
+            if not first:
+                near[:, 0, ..., :window] = NEGATIVE
+            self.near = near.view(batch, last - first, heads, 2 * window)
+        else:
+            self.near = near[:, first:last]
+        self.entries = entries[:, :seen]
+        far = (self.rows.reshape(self.flat) @ self.entries.transpose(1, 2)).to(wide)
+        self.far = far.view(batch, last - first, heads, seen)
+        if seen:
+            self._hide(ratio, picked, bias)
+
+    def _hide(self, ratio, picked, bias) -> None:  # type: ignore[no-untyped-def]
+        """Entries that a query may not see get -inf; `bias` is added to the others."""
+        first, last, seen = self.first, self.last, self.seen
+        if bias is not None:
+            self.far.add_(bias[:, first:last, None, None])
+        if picked is None:
+            since = min((first + 1) // ratio, seen)  # all queries of the block see the entries before
+            steps = torch.arange(first + 1, last + 1, device=self.far.device)
+            late = torch.arange(since, seen, device=self.far.device) >= (steps // ratio)[:, None]
+            self.far[..., since:].masked_fill_(late[:, None], NEGATIVE)
+        else:
+            self.far.masked_fill_(~picked_mask(picked[:, first:last], seen)[:, :, None], NEGATIVE)
+
+
+def picked_mask(picked: Tensor, size: int) -> Tensor:
+    """Indices [B, C, K] (-1: none) to a bool mask [B, C, size]."""
+    mask = torch.zeros(*picked.shape[:2], size + 1, dtype=torch.bool, device=picked.device)
+    return mask.scatter_(2, torch.where(picked < 0, size, picked), True)[..., :size]
+
+
+def _near_bias(window: int, device: torch.device) -> Tensor:
+    """fp32 [W, 1, 2W]: 0 where a query sees a row of its own or the previous block, else -inf."""
     query = torch.arange(window, device=device)[:, None]
     key = torch.arange(2 * window, device=device)[None] - window
-    band = (key <= query) & (key > query - window)
-    seen = band.expand(blocks, -1, -1).clone()
-    seen[0, :, :window] = False
-    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, NEGATIVE)[:, :, None]
+    seen = (key <= query) & (key > query - window)
+    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, NEGATIVE)[:, None]
 
 
 class _BlockAttention(torch.autograd.Function):
-    """`attend_blocks` with its own backward, so that logits are touched in place and stored once.
+    """`attend_blocks` with its own backward, so that logits are touched in place and never kept.
 
     dS = P * (dO K^T - rowsum(dO * O)); the sink's row is the same with value 0.
     """
 
     @staticmethod
-    def forward(ctx, q, kv, entries, sink, far_bias, window):  # type: ignore[no-untyped-def]
+    def forward(ctx, q, kv, entries, sink, ratio, picked, bias, window):  # type: ignore[no-untyped-def]
         batch, length, heads, width = q.shape
-        blocks = length // window
-        current = kv.view(batch, blocks, window, width)
-        keys = torch.cat((F.pad(current[:, :-1], (0, 0, 0, 0, 1, 0)), current), dim=2)  # [B, blocks, 2W, D]
-        wide = torch.promote_types(q.dtype, torch.float32)
         rows = q * width**-0.5
-        near = (rows.view(batch, blocks, window * heads, width) @ keys.transpose(2, 3)).to(wide)
-        near = near.view(batch, blocks, window, heads, 2 * window).add_(_near_bias(blocks, window, q.device))
-        near = near.view(batch, length, heads, 2 * window)
-        far = (rows.view(batch, length * heads, width) @ entries.transpose(1, 2)).to(wide)
-        far = far.view(batch, length, heads, -1).add_(far_bias[:, :, None])
-        top = torch.maximum(near.amax(-1), sink.to(wide))
-        if far.shape[-1]:
-            top = torch.maximum(top, far.amax(-1))
-        near = near.sub_(top[..., None]).exp_()
-        far = far.sub_(top[..., None]).exp_()
-        at_sink = torch.exp(sink - top)
-        scale = (near.sum(-1) + far.sum(-1) + at_sink).reciprocal_()
-        near, far, at_sink = near.mul_(scale[..., None]), far.mul_(scale[..., None]), at_sink.mul_(scale)
-        out = (near.to(q.dtype).view(batch, blocks, window * heads, -1) @ keys).view(q.shape)
-        if far.shape[-1]:
-            out = out + (far.to(q.dtype).view(batch, length * heads, -1) @ entries).view(q.shape)
-        ctx.save_for_backward(rows, keys, entries, near, far, at_sink, out)
-        ctx.window = window
-        ctx.mark_non_differentiable(far)
-        return out, far
+        out = torch.empty_like(q)
+        log_sum = q.new_empty(batch, length, heads, dtype=torch.promote_types(q.dtype, torch.float32))
+        kept = log_sum.new_empty(batch, length, heads, 2 * window)
+        for span in _spans(q, entries, ratio, window):
+            block = _Block(rows, kv, entries, ratio, picked, bias, None, window, span)
+            near, far, first, last = block.near, block.far, block.first, block.last
+            top = torch.maximum(near.amax(-1), sink.to(near.dtype))
+            top = torch.maximum(top, far.amax(-1)) if block.seen else top
+            near, far = near.sub_(top[..., None]).exp_(), far.sub_(top[..., None]).exp_()
+            total = near.sum(-1) + far.sum(-1) + torch.exp(sink - top)
+            part = (near.to(q.dtype).view(block.blocks) @ block.keys).view(*near.shape[:3], width)
+            if block.seen:
+                part = part + (far.to(q.dtype).view(block.flat) @ block.entries).view(part.shape)
+            share = total.reciprocal()[..., None]
+            out[:, first:last] = part.mul_(share)
+            torch.mul(near, share, out=kept[:, first:last])
+            log_sum[:, first:last] = top.add_(total.log_())
+        ctx.save_for_backward(rows, kv, entries, sink, picked, bias, out, log_sum, kept)
+        ctx.ratio, ctx.window = ratio, window
+        ctx.mark_non_differentiable(log_sum)
+        return out, log_sum
 
     @staticmethod
     def backward(ctx, d_out, _):  # type: ignore[no-untyped-def]
-        rows, keys, entries, near, far, at_sink, out = ctx.saved_tensors
-        batch, length, heads, width = rows.shape
-        window, dtype = ctx.window, rows.dtype
-        blocks = length // window
+        rows, kv, entries, sink, picked, bias, out, log_sum, kept = ctx.saved_tensors
+        window, dtype, width = ctx.window, rows.dtype, rows.shape[3]
         d_out = d_out.contiguous().to(dtype)
-        delta = (d_out.to(near.dtype) * out).sum(-1, keepdim=True)  # [B, T, H, 1]
-        block_shape, flat_shape = (batch, blocks, window * heads, -1), (batch, length * heads, -1)
-        d_near = (d_out.view(block_shape) @ keys.transpose(2, 3)).to(near.dtype).view(near.shape)
-        d_near = d_near.sub_(delta).mul_(near).to(dtype).view(block_shape)
-        d_rows = (d_near @ keys).view(rows.shape)
-        d_keys = d_near.transpose(2, 3) @ rows.view(block_shape)
-        d_keys = d_keys + near.to(dtype).view(block_shape).transpose(2, 3) @ d_out.view(block_shape)
-        d_kv = d_keys[:, :, window:] + F.pad(d_keys[:, 1:, :window], (0, 0, 0, 0, 0, 1))
-        d_entries = None
-        if far.shape[-1]:
-            d_far = (d_out.view(flat_shape) @ entries.transpose(1, 2)).to(far.dtype).view(far.shape)
-            d_far = d_far.sub_(delta).mul_(far).to(dtype).view(flat_shape)
-            d_rows = d_rows + (d_far @ entries).view(rows.shape)
-            d_entries = d_far.transpose(1, 2) @ rows.view(flat_shape)
-            d_entries = d_entries + far.to(dtype).view(flat_shape).transpose(1, 2) @ d_out.view(flat_shape)
-        d_sink = -(at_sink * delta[..., 0]).sum((0, 1))
-        return d_rows * width**-0.5, d_kv.reshape(batch, length, width), d_entries, d_sink, None, None
+        delta = (d_out.to(log_sum.dtype) * out).sum(-1, keepdim=True)  # [B, T, H, 1]
+        d_rows, d_kv, d_entries = torch.empty_like(rows), torch.zeros_like(kv), torch.zeros_like(entries)
+        for span in _spans(rows, entries, ctx.ratio, window):
+            block = _Block(rows, kv, entries, ctx.ratio, picked, bias, kept, window, span)
+            near, far, first, last = block.near, block.far, block.first, block.last
+            at, wider = log_sum[:, first:last, :, None], delta[:, first:last]
+            d_part, flat_rows = d_out[:, first:last], block.rows.reshape(block.flat)
+            near_rows = near.to(dtype).reshape(block.blocks)
+            d_near = (
+                (d_part.reshape(block.blocks) @ block.keys.transpose(2, 3)).to(near.dtype).view(near.shape)
+            )
+            d_near = d_near.sub_(wider).mul_(near).to(dtype).view(block.blocks)
+            part = (d_near @ block.keys).view(block.rows.shape)
+            d_keys = d_near.transpose(2, 3) @ block.rows.reshape(block.blocks)
+            d_keys = d_keys + near_rows.transpose(2, 3) @ d_part.reshape(block.blocks)
+            d_kv[:, first:last] += d_keys[:, :, :window].flatten(1, 2)
+            d_kv[:, first + window : last + window] += d_keys[:, :, window:].flatten(1, 2)
+            if block.seen:
+                far, flat_out = far.sub_(at).exp_(), d_part.reshape(block.flat)
+                d_far = (flat_out @ block.entries.transpose(1, 2)).to(far.dtype).view(far.shape)
+                d_far = d_far.sub_(wider).mul_(far).to(dtype).view(block.flat)
+                part = part + (d_far @ block.entries).view(part.shape)
+                d_entries[:, : block.seen].baddbmm_(d_far.transpose(1, 2), flat_rows)
+                d_entries[:, : block.seen].baddbmm_(far.to(dtype).view(block.flat).transpose(1, 2), flat_out)
+            d_rows[:, first:last] = part
+        d_sink = -(torch.exp(sink - log_sum) * delta[..., 0]).sum((0, 1))
+        return d_rows * width**-0.5, d_kv, d_entries, d_sink, None, None, None, None
+
+
+def _spans(q: Tensor, entries: Tensor, ratio: int, window: int) -> Iterator[tuple[int, int, int]]:
+    batch, length, heads, _ = q.shape
+    return query_blocks(length, rows=batch * heads, ratio=ratio, entries=entries.shape[1], multiple=window)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import apply_rope, attend, attend_blocks, select_top_k
+from rorqual.kernels import apply_rope, attend, attend_blocks, index_loss, select_entries, select_top_k
+from rorqual.kernels.attention import picked_mask
 from rorqual.model.compressor import Compressor
 from rorqual.model.config import Config
-from rorqual.model.indexer import Indexer, index_loss
+from rorqual.model.indexer import Indexer
 from rorqual.model.layers import Linear, RMSNorm, Rope, rms_norm
 from rorqual.model.quant import quant_dequant_entry
 from rorqual.model.state import LayerState
@@ -34,6 +35,9 @@ class AttentionMode:
     """Also compute the indexer's own loss (KL to the main attention's weights)."""
     without: frozenset[str] = frozenset()
     """Ablation: kinds (`csa`, `hca`) whose compressed entries are hidden."""
+    fill_skips: bool = False
+    """With `positions`: HCA entries also weigh for those that were skipped, so that attention is as diluted as in the
+    context that the positions stand for."""
 
 
 class Attention(nn.Module):
@@ -76,21 +80,24 @@ class Attention(nn.Module):
         state: LayerState | None = None,
         start: Tensor | None = None,
         counts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, hidden] (already normed) to the layer's output [B, T, hidden], and the indexer's loss or None.
 
-        Without `state` the sequence starts at 0; with it row b stands at `start[b]` and brings `counts[b]` tokens.
+        Without `state` the sequence stands at `positions` (None: from 0, see `Model.train_pass`); with it row b stands
+        at `start[b]` and brings `counts[b]` tokens.
         """
         length = x.shape[1]
         steps = torch.arange(length, device=x.device)
-        positions = steps if start is None else start[:, None] + steps
+        if positions is None:
+            positions = steps if start is None else start[:, None] + steps
         cos, sin = self.rope(positions)
         q_r = self.q_norm(self.wq_a(x))
         q = rms_norm(self.wq_b(q_r).unflatten(-1, (self.heads, self.width)), self.eps)
         q = apply_rope(q, cos.unsqueeze(-2), sin.unsqueeze(-2))
         kv = self.round(apply_rope(self.kv_norm(self.wkv(x)), cos, sin))
         if state is None or start is None:
-            out, loss = self._full(x, q, q_r, kv, cos_sin=(cos, sin), mode=mode)
+            out, loss = self._full(x, q, q_r, kv, positions=positions, cos_sin=(cos, sin), mode=mode)
         else:
             out = self._cached(x, q, q_r, kv, state=state, start=start, counts=counts, cos_sin=(cos, sin))
             loss = None
@@ -111,33 +118,43 @@ class Attention(nn.Module):
         q_r: Tensor,
         kv: Tensor,
         *,
+        positions: Tensor,
         cos_sin: tuple[Tensor, Tensor],
         mode: AttentionMode,
     ) -> tuple[Tensor, Tensor | None]:
-        """The differentiable core: [B, T, H, D] and the indexer's loss."""
+        """The differentiable core: [B, T, H, D] and the indexer's loss. Memory is linear in T."""
         length = x.shape[1]
         if self.compressor is None or length < self.ratio or self.kind in mode.without:
             return attend_blocks(q, kv, sink=self.attn_sink, window=self.window)[0], None
-        entries = self.round(self.compressor(x, self.rope))
-        steps = torch.arange(length, device=x.device)
-        numbers = torch.arange(entries.shape[1], device=x.device)
-        visible = (numbers < (steps[:, None] + 1) // self.ratio)[None]  # [1, T, S]
-        mask, scores = visible, None
+        entries = self.round(self.compressor(x, self.rope, positions))
+        picked = bias = scored = None
         selects = mode.sparse and entries.shape[1] > self.top_k
         if self.indexer is not None and (selects or mode.index_loss):
             # The indexer learns from its own loss only: top-k passes no gradient (spec/rl.md 6).
             inputs, low_rank = x.detach(), q_r.detach()
-            scores = self.indexer.scores(inputs, low_rank, self.indexer.keys(inputs, self.rope), cos_sin)
+            index_q, weights = self.indexer.queries(inputs, low_rank, cos_sin)
+            scored = index_q, self.indexer.keys(inputs, self.rope, positions), weights
             if selects:
-                mask = _picked_mask(
-                    select_top_k(scores.detach(), visible, top_k=self.top_k), entries.shape[1]
-                )
-        out, weights = attend_blocks(
-            q, kv, sink=self.attn_sink, window=self.window, entries=entries, entries_mask=mask
+                picked = select_entries(*scored, ratio=self.ratio, top_k=self.top_k)
+        if mode.fill_skips and self.kind == "hca":
+            there = (torch.arange(length, device=x.device) + 1) // self.ratio
+            bias = torch.log(((positions + 1) // self.ratio).clamp(min=1) / there.clamp(min=1))
+            bias = bias.expand(len(x), -1)
+        out, log_sum = attend_blocks(
+            q,
+            kv,
+            sink=self.attn_sink,
+            window=self.window,
+            entries=entries,
+            ratio=self.ratio,
+            picked=picked,
+            entries_bias=bias,
         )
-        if scores is None or weights is None or not mode.index_loss:
+        if scored is None or not mode.index_loss:
             return out, None
-        return out, index_loss(scores, weights, mask)
+        return out, index_loss(
+            *scored, rows=q, entries=entries, log_sum=log_sum, ratio=self.ratio, picked=picked
+        )
 
     def _cached(
         self,
@@ -180,11 +197,5 @@ class Attention(nn.Module):
                 index = picked.clamp(min=0)[:, 0, :, None].expand(-1, -1, self.width)
                 entries, mask = entries.gather(1, index), picked >= 0
             else:
-                mask = _picked_mask(picked, most)
+                mask = picked_mask(picked, most)
         return attend(q, keys, window_mask, sink=self.attn_sink, entries=entries, entries_mask=mask)
-
-
-def _picked_mask(picked: Tensor, size: int) -> Tensor:
-    """Indices [B, T, K] (-1: none) to a bool mask [B, T, size]."""
-    mask = torch.zeros(*picked.shape[:2], size + 1, dtype=torch.bool, device=picked.device)
-    return mask.scatter_(2, torch.where(picked < 0, size, picked), True)[..., :size]

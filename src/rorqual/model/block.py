@@ -38,10 +38,12 @@ class Block(nn.Module):
         state: LayerState | None = None,
         start: Tensor | None = None,
         counts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Streams, Tensor | None]:
         """N streams [B, T, D] to streams, and the indexer's loss or None. See `Attention.forward` for the rest."""
         x, post, comb = self.hc_attn(streams)
-        out, loss = self.attn(self.attn_norm(x), mode=mode, state=state, start=start, counts=counts)
+        normed = self.attn_norm(x)
+        out, loss = self.attn(normed, mode=mode, state=state, start=start, counts=counts, positions=positions)
         streams = HyperConnection.merge(streams, out, post, comb)
         x, post, comb = self.hc_ffn(streams)
         return HyperConnection.merge(streams, self.ffn(self.ffn_norm(x), token_ids), post, comb), loss

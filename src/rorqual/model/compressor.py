@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, S complete blocks, M ratio, D entry width, K = 2 when
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rorqual.kernels import apply_rope, overlap_rows, pool
@@ -35,24 +36,28 @@ class Compressor(nn.Module):
         # fp32: blocks are pooled before rounding (official code, spec/model.md 9)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.float()
-            return self.wkv(wide), self.wgate(wide) + self.ape[positions % self.ratio]
+            values = F.linear(wide, self.wkv.weight.float())
+            scores = F.linear(wide, self.wgate.weight.float())
+            return values, scores + self.ape[positions % self.ratio].float()
 
     def finish(self, pooled: Tensor, blocks: Tensor, rope: Rope, dtype: torch.dtype) -> Tensor:
         """RMSNorm and RoPE at the first token of block `blocks` [.., S]; pooled fp32 [.., S, D]."""
         entries = self.norm(pooled.to(dtype))
         return apply_rope(entries, *rope(blocks * self.ratio))
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        """Entries [B, T//M, D] of a whole sequence x [B, T, hidden] from position 0."""
+    def forward(self, x: Tensor, rope: Rope, positions: Tensor | None = None) -> Tensor:
+        """Entries [B, T//M, D] of a whole sequence x [B, T, hidden]; `positions` as in `Model.train_pass`."""
         batch, length, _ = x.shape
         blocks = length // self.ratio
         x = x[:, : blocks * self.ratio]
-        values, scores = self.rows(x, torch.arange(x.shape[1], device=x.device))
+        places = torch.arange(x.shape[1], device=x.device) if positions is None else positions
+        places = places[..., : x.shape[1]]
+        values, scores = self.rows(x, places)
         values = values.view(batch, blocks, self.ratio, -1)
         scores = scores.view(batch, blocks, self.ratio, -1)
         if self.overlap:
             values, scores = overlap_rows(values, first=0.0), overlap_rows(scores, first=float("-inf"))
-        return self.finish(pool(values, scores), torch.arange(blocks, device=x.device), rope, x.dtype)
+        return self.finish(pool(values, scores), places[..., :: self.ratio] // self.ratio, rope, x.dtype)
 
     def extend(
         self, x: Tensor, start: Tensor, counts: Tensor | None, rope: Rope, *, tail: RowHistory

@@ -8,7 +8,6 @@ Shapes: B batch, T queries, S entries, H index heads, D index width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from rorqual.kernels import apply_rope, hadamard, index_scores
@@ -37,29 +36,17 @@ class Indexer(nn.Module):
         """The FP4 format of queries and keys, when simulated."""
         return quant_dequant_fp4(hadamard(x), block=32) if self.simulate_quant else x
 
-    def scores(self, x: Tensor, q_r: Tensor, keys: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-        """fp32 [B, T, S] for keys [B, S, D] (already rounded)."""
+    def queries(self, x: Tensor, q_r: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Index queries [B, T, H, D], rounded, and head weights [B, T, H], scaled."""
         q = self.wq_b(q_r).unflatten(-1, (self.heads, self.width))
         q = self.round(apply_rope(q, cos_sin[0].unsqueeze(-2), cos_sin[1].unsqueeze(-2)))
-        weights = self.weights_proj(x) * (self.width * self.heads) ** -0.5
+        return q, self.weights_proj(x) * (self.width * self.heads) ** -0.5
+
+    def scores(self, x: Tensor, q_r: Tensor, keys: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+        """fp32 [B, T, S] for keys [B, S, D] (already rounded)."""
+        q, weights = self.queries(x, q_r, cos_sin)
         return index_scores(q, keys, weights)
 
-    def keys(self, x: Tensor, rope: Rope) -> Tensor:
-        """Keys [B, T//m, D] of a whole sequence."""
-        return self.round(self.compressor(x, rope))
-
-
-def index_loss(scores: Tensor, attention: Tensor, visible: Tensor) -> Tensor:
-    """KL(attention || softmax(scores)) over visible entries, mean over queries that see any; a scalar.
-
-    scores [B, T, S]; attention [B, T, H, S] are the main attention's weights on the entries (no gradient flows
-    into them), summed over heads and normalised; visible bool [1, T, S].    (V3.2 warm-up; spec/rl.md 6)
-    """
-    target = attention.detach().sum(2)
-    total = target.sum(-1, keepdim=True)
-    target = target / total.clamp(min=1e-9)
-    log_q = torch.log_softmax(scores.masked_fill(~visible, -1e9), dim=-1)
-    log_p = torch.log(target.clamp(min=1e-9))
-    kl = (target * (log_p - log_q)).masked_fill(~visible, 0.0).sum(-1)
-    counted = visible.any(-1).expand_as(kl) & (total[..., 0] > 1e-6)
-    return (kl * counted).sum() / counted.sum().clamp(min=1)
+    def keys(self, x: Tensor, rope: Rope, positions: Tensor | None = None) -> Tensor:
+        """Keys [B, T//m, D] of a whole sequence; `positions` as in `Model.train_pass`."""
+        return self.round(self.compressor(x, rope, positions))

@@ -31,10 +31,15 @@ class MTPBlock(Block):
         self.norm = RMSNorm(hidden, eps=eps)
         self.hc_head = HyperHead(config)
 
-    def hidden(self, streams: Streams, embedded: Tensor, token_ids: Tensor) -> Tensor:
-        """N streams [B, T, D] at t, embedding [B, T, D] and ids [B, T] of token t+1, to normed hidden [B, T, D]."""
+    def hidden(
+        self, streams: Streams, embedded: Tensor, token_ids: Tensor, *, positions: Tensor | None = None
+    ) -> Tensor:
+        """N streams [B, T, D] at t, embedding [B, T, D] and ids [B, T] of token t+1, to normed hidden [B, T, D].
+
+        `positions` [T] or [B, T] are those of the streams (None: from 0).
+        """
         token = self.e_proj(self.enorm(embedded))
         joined = tuple(token + self.h_proj(self.hnorm(stream)) for stream in streams)
-        streams, _ = self(joined, token_ids, mode=AttentionMode())
+        streams, _ = self(joined, token_ids, mode=AttentionMode(), positions=positions)
         out: Tensor = self.norm(self.hc_head(streams))
         return out

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rorqual.model import checkpoint
 from rorqual.model.attention import AttentionMode
 from rorqual.model.block import Block
-from rorqual.model.config import Config
+from rorqual.model.config import PAGE_TOKENS, Config
 from rorqual.model.hyper_connections import HyperHead, Streams
 from rorqual.model.layers import Linear, RMSNorm
 from rorqual.model.mtp import MTPBlock
@@ -65,20 +65,37 @@ class Model(nn.Module):
         count = config.num_nextn_predict_layers if mtp else 0
         self.mtp = nn.ModuleList(MTPBlock(config, simulate_quant=simulate_quant) for _ in range(count))
 
-    def forward(self, token_ids: Tensor, *, mode: AttentionMode | None = None) -> Tensor:
-        """token_ids int64 [B, T] to fp32 logits [B, T, V] of whole sequences from position 0."""
-        return self.logits(self.train_pass(token_ids, mode=mode or AttentionMode()).hidden)
+    def forward(
+        self, token_ids: Tensor, *, mode: AttentionMode | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """token_ids int64 [B, T] to fp32 logits [B, T, V] of whole sequences. See `train_pass`."""
+        return self.logits(
+            self.train_pass(token_ids, mode=mode or AttentionMode(), positions=positions).hidden
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden [..., D] to fp32 logits [..., V]."""
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), self.head.weight.float())
 
-    def train_pass(self, token_ids: Tensor, *, mode: AttentionMode, mtp: bool = False) -> TrainOutput:
-        """Whole sequences from position 0 (right padding is harmless), with what the losses need."""
+    def train_pass(
+        self,
+        token_ids: Tensor,
+        *,
+        mode: AttentionMode,
+        mtp: bool = False,
+        positions: Tensor | None = None,
+    ) -> TrainOutput:
+        """Whole sequences (right padding is harmless), with what the losses need.
+
+        `positions` int64 [T] or [B, T] stretches short sequences over long contexts: pages of 128 tokens that stand at
+        any later page (`positions[128 i + j] = 128 page(i) + j`, pages rising). None: 0, 1, 2 ... Raises ValueError.
+        """
+        if positions is not None:
+            _check_positions(positions, token_ids)
         streams, losses = self._streams(token_ids), []
         for layer in self.layers:
-            streams, loss = layer(streams, token_ids, mode=mode)
+            streams, loss = layer(streams, token_ids, mode=mode, positions=positions)
             if loss is not None:
                 losses.append(loss)
         hidden = self.norm(self.hc_head(streams))
@@ -86,7 +103,10 @@ class Model(nn.Module):
         if mtp and len(self.mtp):
             following = token_ids[:, 1:]
             earlier = tuple(stream[:, :-1] for stream in streams)
-            mtp_hidden = self.mtp[0].hidden(earlier, self.embed(following), following)  # type: ignore[operator]
+            places = None if positions is None else positions[..., :-1]
+            mtp_hidden = self.mtp[0].hidden(  # type: ignore[operator]
+                earlier, self.embed(following), following, positions=places
+            )
         index_loss = torch.stack(losses).mean() if losses else hidden.new_zeros(())
         return TrainOutput(hidden, mtp_hidden, index_loss)
 
@@ -195,6 +215,23 @@ class Embedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return nn.functional.embedding(token_ids, self.weight)
+
+
+def _check_positions(positions: Tensor, token_ids: Tensor) -> None:
+    length = token_ids.shape[1]
+    if positions.shape not in ((length,), token_ids.shape) or positions.dtype != torch.int64:
+        raise ValueError(
+            f"positions are {positions.dtype} {list(positions.shape)}, expected int64 [{length}] or "
+            f"{list(token_ids.shape)}"
+        )
+    steps = torch.arange(length, device=positions.device)
+    base = positions - steps % PAGE_TOKENS
+    pages = base[..., ::PAGE_TOKENS] // PAGE_TOKENS
+    whole = torch.equal(base, (pages * PAGE_TOKENS).repeat_interleave(PAGE_TOKENS, -1)[..., :length])
+    if not whole or bool((pages < 0).any()) or bool((pages.diff(dim=-1) < 1).any()):
+        raise ValueError(
+            f"positions: every {PAGE_TOKENS} tokens must stand on one page, pages rising: entries never straddle pages"
+        )
 
 
 def _official(name: str) -> str:
