@@ -56,6 +56,6 @@ void attend_heads(const RqAttend *job, int64_t query, int32_t heads_first, int32
 int64_t attend_parts(const RqAttend *job, int64_t query);
 int64_t attend_partial_bytes(const RqAttend *job);
 void attend_part(const RqAttend *job, int64_t query, int64_t part, void *partials, void *scratch);
-void attend_merge(const RqAttend *job, int64_t query, const void *partials, int64_t parts);
+void attend_merge(const RqAttend *job, int64_t query, const void *partials, int64_t parts, void *scratch);
 
 }  // namespace RQ_NS

@@ -2,7 +2,7 @@
 //
 //   I[t,s] = sum_h w[t,h] * relu(q[t,h] . k[s]),  s < seen[t];  heads ascending, fp32
 //
-// No score row: candidates pass a threshold into a buffer of RQ_KEEP(top_k), cut back to top_k when full. Order: NaN
+// No score row: candidates pass a threshold into a buffer of twice top_k, cut back to top_k when full. Order: NaN
 // first, then by value, ties to the lower entry (as torch.sort(descending, stable)); picks come out ascending. The set
 // does not depend on how keys are spread over threads or queries over blocks: ranks are distinct, scores are fixed.
 // RQ_PACKED: dots of e2m1 codes are exact whatever the level (integers, or fp32 that holds them), q is rotated and
@@ -44,6 +44,6 @@ void index_topk(const RqIndex *job, int64_t first, int64_t count, void *scratch)
 // ranges gives the same picks. Ranges may lie beyond seen: they give nothing.
 int64_t index_partial_bytes(const RqIndex *job);
 void index_part(const RqIndex *job, int64_t query, int64_t begin, int64_t end, void *best, void *scratch);
-void index_merge(const RqIndex *job, int64_t query, void *partials, int64_t parts);
+void index_merge(const RqIndex *job, int64_t query, const void *partials, int64_t parts, void *scratch);
 
 }  // namespace RQ_NS

@@ -1,0 +1,536 @@
+// attend.cpp: see attend.h. Two small GEMMs a part, columns = heads.
+//
+// QK: sums[key][head], lanes = heads, each row's values broadcast. So the softmax over keys needs no sums across lanes.
+// PV: sums[head][dim], lanes = dims, each weight broadcast. A lane adds over dims, then over keys, in ascending order.
+// bf16 (level avx512_bf16, RQ_PACKED): the same shapes over pairs, a pair of dims in QK, of keys in PV: rows are turned to
+// bf16 once, 64 at a time, and once more into pairs of rows for PV.
+// Bound: 4 * heads * width FLOP a key; rows of 584 bytes are read once.
+// Letters: C columns (heads padded to full vectors), D width, K keys of a part.
+#include "attend.h"
+
+#include "lanes.h"
+#include "rows.h"
+
+namespace {
+
+using namespace RQ_NS;
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+#if defined(__AVX512BF16__)
+enum { HAS_BF16 = 1 };
+#else
+enum { HAS_BF16 = 0 };
+#endif
+
+struct Place {  // scratch of one call
+  float *q;               // [D][C], or uint32 pairs [D/2][C]
+  float *sums;            // [RQ_PART][C]; weights replace them, bf16 pairs in the first half
+  float *tile;            // fp32 rows [RQ_PART][D] of packed ones
+  uint16_t *half;         // bf16 [64][D16]
+  uint32_t *pairs;        // [D16/64][RQ_PART/2][64]: two rows' bf16
+  float *top, *total;     // [C] of the part
+  float *most, *all;      // [C] so far
+  float *keep, *add;      // [C] factors of what is there and of the part
+  const void **rows;      // [RQ_PART]
+  uint8_t *own;           // [RQ_PART] 1: fp32
+  int64_t bytes;
+
+  Place(const RqAttend &job, void *scratch) {
+    Cut cut{(char *)scratch, 0};
+    const int64_t c = up(job.heads, 16), d = job.width, wide = up(d, 64);
+    const bool bf16 = HAS_BF16 && job.format == RQ_PACKED;
+    q = cut.take<float>(c * (bf16 ? (d + 1) / 2 : d));
+    sums = cut.take<float>(RQ_PART * c);
+    tile = cut.take<float>(bf16 || job.format == RQ_EXACT ? 0 : RQ_PART * d);
+    half = cut.take<uint16_t>(bf16 ? 64 * wide : 0);
+    pairs = cut.take<uint32_t>(bf16 ? RQ_PART / 2 * wide : 0);
+    top = cut.take<float>(c), total = cut.take<float>(c), most = cut.take<float>(c), all = cut.take<float>(c);
+    keep = cut.take<float>(c), add = cut.take<float>(c);
+    rows = cut.take<const void *>(RQ_PART);
+    own = cut.take<uint8_t>(RQ_PART);
+    bytes = cut.used;
+  }
+};
+
+// How many entries query t attends to, and its picks or null.
+inline int64_t listed(const RqAttend &job, int64_t t, const int32_t **picks) {
+  *picks = nullptr;
+  if (!job.page_rows || !job.seen) return 0;
+  if (!job.picks || job.pick_counts[t] < 0) return job.seen[t];
+  *picks = job.picks + t * job.picks_step;
+  return job.pick_counts[t];
+}
+
+inline int64_t parts_of(const RqAttend &job, int64_t t) {
+  const int32_t *picks;
+  return (job.window + listed(job, t, &picks) + RQ_PART - 1) / RQ_PART;
+}
+
+// Rows of a part: numbers [256 part, 256 part + 256) of the list that is the window, then the entries.
+int64_t gather(const RqAttend &job, int64_t t, int64_t part, Place &p) {
+  const int32_t *picks;
+  const int64_t total = job.window + listed(job, t, &picks);
+  const int64_t begin = part * RQ_PART, end = begin + RQ_PART < total ? begin + RQ_PART : total;
+  const int64_t row_bytes = entry_bytes(job.format, job.width, job.rope);
+  int64_t n = 0, at = begin;
+  for (; at < end && at < job.window; at++) {
+    const void *row = job.window_rows[t + at];
+    if (!row) continue;
+    p.own[n] = job.format == RQ_EXACT || t + at >= job.window_own;
+    p.rows[n++] = row;
+  }
+  for (; at < end; at++) {
+    const int64_t e = picks ? picks[at - job.window] : at - job.window;
+    p.own[n] = job.format == RQ_EXACT;
+    p.rows[n++] = job.entries + job.pages[e / job.page_rows] * job.page_bytes + e % job.page_rows * row_bytes;
+  }
+  return n;
+}
+
+// --- fp32 ------------------------------------------------------------------------------------------------------------
+
+// q [D][C] from heads [first, first + count) of a query; columns above are zero.
+void turn_q(const float *q, int64_t count, int64_t width, int64_t c, float *out) {
+  for (int64_t d = 0; d < width; d++) {
+    for (int64_t h = 0; h < count; h++) out[d * c + h] = q[h * width + d];
+    for (int64_t h = count; h < c; h++) out[d * c + h] = 0.0f;
+  }
+}
+
+// What a part's sums are worth: factors of the sums so far (keep) and of the part (add). First: there is nothing so far.
+void weigh_parts(int64_t c, int first, const float *top, const float *total, float *most, float *all, float *keep,
+                 float *add) {
+  for (int64_t h = 0; h < c; h += 4) {
+    const F<4> part = load<4>(top + h), before = first ? part : load<4>(most + h);
+    const F<4> both = larger_lanes<4>(part, before), base = both == -INFINITY ? Lanes<4>::splat(0.0f) : both;
+    const F<4> a = exp_lanes<4>(before - base), b = exp_lanes<4>(part - base), sum = load<4>(total + h);
+    store<4>(keep + h, a);
+    store<4>(add + h, b);
+    store<4>(all + h, first ? sum * b : Lanes<4>::fma(load<4>(all + h), a, sum * b));
+    store<4>(most + h, both);
+  }
+}
+
+// Factor that turns the sums into the average, the sink counted: left in `keep`.
+void weigh_sink(const RqAttend &job, int64_t first, int64_t count, Place &p) {
+  for (int64_t h = 0; h < count; h++) p.add[h] = job.sink[first + h];
+  for (int64_t h = 0; h < count; h += 4) {
+    const F<4> sink = load<4>(p.add + h), before = load<4>(p.most + h), both = larger_lanes<4>(sink, before);
+    const F<4> base = both == -INFINITY ? Lanes<4>::splat(0.0f) : both, scale = exp_lanes<4>(before - base);
+    store<4>(p.keep + h, scale / Lanes<4>::fma(load<4>(p.all + h), scale, exp_lanes<4>(sink - base)));
+  }
+}
+
+// Column maxima, weights e^(sum - max) in place, and their totals.
+template <int N>
+void soften(float *sums, int64_t c, int64_t n, float *top, float *total) {
+  for (int64_t at = 0; at < c; at += N) {
+    F<N> m = Lanes<N>::splat(-INFINITY), t = Lanes<N>::splat(0.0f);
+    for (int64_t k = 0; k < n; k++) m = larger_lanes<N>(load<N>(sums + k * c + at), m);
+    const F<N> base = m == -INFINITY ? Lanes<N>::splat(0.0f) : m;
+    for (int64_t k = 0; k < n; k++) {
+      const F<N> e = exp_lanes<N>(load<N>(sums + k * c + at) - base);
+      t = t + e;
+      store<N>(sums + k * c + at, e);
+    }
+    store<N>(top + at, m);
+    store<N>(total + at, t);
+  }
+}
+
+// out[head][dims] = out * keep + add * sum_k weight * row, for R heads and V vectors of dims (or `lanes` of one).
+template <int N, int V, int R>
+inline void blend(const float *weights, int64_t c, const float *const *rows, int64_t n, int64_t at, int lanes, int first,
+                  const float *keep, const float *add, float *out, int64_t width) {
+  F<N> acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) acc[r][v] = Lanes<N>::splat(0.0f);
+  for (int64_t k = 0; k < n; k++) {
+    F<N> x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) x[v] = lanes == N ? load<N>(rows[k] + at + v * N) : load_part<N>(rows[k] + at, lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const F<N> w = Lanes<N>::splat(weights[k * c + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[r][v] = Lanes<N>::fma(w, x[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      float *to = out + r * width + at + v * N;
+      F<N> sum = acc[r][v] * Lanes<N>::splat(add[r]);
+      if (lanes == N) {
+        if (!first) sum = Lanes<N>::fma(load<N>(to), Lanes<N>::splat(keep[r]), sum);
+        store<N>(to, sum);
+      } else {
+        if (!first) sum = Lanes<N>::fma(load_part<N>(to, lanes), Lanes<N>::splat(keep[r]), sum);
+        memcpy(to, &sum, (size_t)lanes * sizeof(float));
+      }
+    }
+}
+
+template <int N, int V>
+inline void blend_heads(const float *weights, int64_t c, const float *const *rows, int64_t n, int64_t at, int lanes,
+                        int first, const float *keep, const float *add, int64_t heads, float *out, int64_t width) {
+  int64_t h = 0;
+  for (; h + TILE_R <= heads; h += TILE_R)
+    blend<N, V, TILE_R>(weights + h, c, rows, n, at, lanes, first, keep + h, add + h, out + h * width, width);
+  for (; h < heads; h++)
+    blend<N, V, 1>(weights + h, c, rows, n, at, lanes, first, keep + h, add + h, out + h * width, width);
+}
+
+void pv(const float *weights, int64_t c, const float *const *rows, int64_t n, int first, const float *keep,
+        const float *add, int64_t heads, float *out, int64_t width) {
+  int64_t at = 0;
+  for (; at + TILE_V * WIDE <= width; at += TILE_V * WIDE)
+    blend_heads<WIDE, TILE_V>(weights, c, rows, n, at, WIDE, first, keep, add, heads, out, width);
+  for (; at < width; at += WIDE)
+    blend_heads<WIDE, 1>(weights, c, rows, n, at, width - at < WIDE ? (int)(width - at) : (int)WIDE, first, keep, add,
+                         heads, out, width);
+}
+
+// --- bf16 ------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+
+inline __m512i broadcast_pair(const void *p) {
+  int32_t pair;
+  memcpy(&pair, p, 4);
+  return _mm512_set1_epi32(pair);
+}
+
+inline __m512 dot_pairs(__m512 acc, __m512i a, __m512i b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+
+inline uint16_t bf16_of(float x) {
+  const __m128bh b = _mm_cvtneps_pbh(_mm_set_ss(x));
+  uint16_t out;
+  memcpy(&out, &b, 2);
+  return out;
+}
+
+// q as pairs of dims [D/2][C].
+void turn_q_pairs(const float *q, int64_t count, int64_t width, int64_t c, uint32_t *out) {
+  for (int64_t d = 0; d < width; d += 2)
+    for (int64_t h = 0; h < c; h++) {
+      const float *x = q + h * width + d;
+      const uint32_t low = h < count ? bf16_of(x[0]) : 0, high = h < count && d + 1 < width ? bf16_of(x[1]) : 0;
+      out[d / 2 * c + h] = low | high << 16;
+    }
+}
+
+// bf16 [wide] of a row, zeros from width on.
+inline void row_to_bf16(const RqAttend &job, const void *row, int own, int64_t wide, uint16_t *out) {
+  if (own) {
+    const float *x = (const float *)row;
+    int64_t d = 0;
+    for (; d + 16 <= job.width; d += 16) {
+      const __m256bh b = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + d));
+      memcpy(out + d, &b, 32);
+    }
+    for (; d < job.width; d++) out[d] = bf16_of(x[d]);
+  } else {
+    entry_to_bf16((const uint8_t *)row, job.width, job.rope, out);
+  }
+  for (int64_t d = job.width; d < wide; d++) out[d] = 0;
+}
+
+// Rows a and b (bf16 [wide]) to pairs, in panels of 64 dims `panel` apart.
+inline void pair_rows(const uint16_t *a, const uint16_t *b, int64_t wide, int64_t panel, uint32_t *out) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t d = 0; d < wide; d += 64) {
+    const __m512i a0 = _mm512_loadu_si512(a + d), a1 = _mm512_loadu_si512(a + d + 32);
+    const __m512i b0 = _mm512_loadu_si512(b + d), b1 = _mm512_loadu_si512(b + d + 32);
+    uint32_t *to = out + d / 64 * panel;
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a0, low, b0));
+    _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a0, high, b0));
+    _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a1, low, b1));
+    _mm512_storeu_si512(to + 48, _mm512_permutex2var_epi16(a1, high, b1));
+  }
+}
+
+template <int V, int R>
+inline void dots_bf16(const uint32_t *q, int64_t c, int64_t half, const uint16_t *rows, int64_t wide, float *sums) {
+  __m512 acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) acc[r][v] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < half; d++) {
+    __m512i x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) x[v] = _mm512_loadu_si512(q + d * c + v * 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m512i k = broadcast_pair(rows + r * wide + 2 * d);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[r][v] = dot_pairs(acc[r][v], x[v], k);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) _mm512_storeu_ps(sums + r * c + v * 16, acc[r][v]);
+}
+
+template <int V>
+inline void dots_bf16_rows(const uint32_t *q, int64_t c, int64_t half, const uint16_t *rows, int64_t wide, int64_t n,
+                           float *sums) {
+  int64_t k = 0;
+  for (; k + 6 <= n; k += 6) dots_bf16<V, 6>(q, c, half, rows + k * wide, wide, sums + k * c);
+  for (; k + 2 <= n; k += 2) dots_bf16<V, 2>(q, c, half, rows + k * wide, wide, sums + k * c);
+  for (; k < n; k++) dots_bf16<V, 1>(q, c, half, rows + k * wide, wide, sums + k * c);
+}
+
+void qk_bf16(const uint32_t *q, int64_t c, int64_t half, const uint16_t *rows, int64_t wide, int64_t n, float *sums) {
+  int64_t at = 0;
+  for (; at + 64 <= c; at += 64) dots_bf16_rows<4>(q + at, c, half, rows, wide, n, sums + at);
+  for (; at < c; at += 16) dots_bf16_rows<1>(q + at, c, half, rows, wide, n, sums + at);
+}
+
+// As soften<16>, leaving the weights rounded to bf16, a pair of keys in a word [ceil(n/2)][C]; totals are of the rounded.
+void soften_bf16(float *sums, int64_t c, int64_t n, float *top, float *total) {
+  const __m512i mask = _mm512_set1_epi32((int)0xFFFF0000u);
+  for (int64_t at = 0; at < c; at += 16) {
+    F<16> m = Lanes<16>::splat(-INFINITY), t = Lanes<16>::splat(0.0f);
+    for (int64_t k = 0; k < n; k++) m = larger_lanes<16>(load<16>(sums + k * c + at), m);
+    const F<16> base = m == -INFINITY ? Lanes<16>::splat(0.0f) : m;
+    for (int64_t k = 0; k < n; k += 2) {
+      const F<16> a = exp_lanes<16>(load<16>(sums + k * c + at) - base);
+      const F<16> b = k + 1 < n ? exp_lanes<16>(load<16>(sums + (k + 1) * c + at) - base) : Lanes<16>::splat(0.0f);
+      const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+      const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b)), 16);
+      const __m512i pair = _mm512_or_si512(low, high);
+      t = t + (F<16>)_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+      t = t + (F<16>)_mm512_castsi512_ps(_mm512_and_si512(pair, mask));
+      _mm512_storeu_si512((uint32_t *)sums + k / 2 * c + at, pair);
+    }
+    store<16>(top + at, m);
+    store<16>(total + at, t);
+  }
+}
+
+template <int V, int R>
+inline void blend_bf16(const uint32_t *weights, int64_t c, const uint32_t *pairs, int64_t n, int first,
+                       const float *keep, const float *add, float *out, int64_t width, int64_t left) {
+  __m512 acc[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) acc[r][v] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < n; k++) {
+    __m512i x[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) x[v] = _mm512_loadu_si512(pairs + k * 64 + v * 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m512i w = broadcast_pair(weights + k * c + r);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[r][v] = dot_pairs(acc[r][v], x[v], w);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      const int64_t lanes = left - v * 16;
+      if (lanes <= 0) continue;
+      const __mmask16 mask = lanes >= 16 ? (__mmask16)0xFFFF : (__mmask16)((1u << lanes) - 1);
+      float *to = out + r * width + v * 16;
+      __m512 sum = _mm512_mul_ps(acc[r][v], _mm512_set1_ps(add[r]));
+      if (!first) sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_set1_ps(keep[r]), sum);
+      _mm512_mask_storeu_ps(to, mask, sum);
+    }
+}
+
+void pv_bf16(const uint32_t *weights, int64_t c, const uint32_t *pairs, int64_t n, int first, const float *keep,
+             const float *add, int64_t heads, float *out, int64_t width) {
+  for (int64_t at = 0; at < width; at += 64) {
+    const uint32_t *panel = pairs + at / 64 * (RQ_PART / 2 * 64);
+    int64_t h = 0;
+    for (; h + 6 <= heads; h += 6)
+      blend_bf16<4, 6>(weights + h, c, panel, n, first, keep + h, add + h, out + h * width + at, width, width - at);
+    for (; h + 2 <= heads; h += 2)
+      blend_bf16<4, 2>(weights + h, c, panel, n, first, keep + h, add + h, out + h * width + at, width, width - at);
+    for (; h < heads; h++)
+      blend_bf16<4, 1>(weights + h, c, panel, n, first, keep + h, add + h, out + h * width + at, width, width - at);
+  }
+}
+
+// Sums and weights of a part, rows left as pairs for pv_bf16.
+void part_bf16(const RqAttend &job, Place &p, int64_t c, int64_t n) {
+  const int64_t wide = up(job.width, 64), panel = RQ_PART / 2 * 64;
+  for (int64_t k = 0; k < n; k += 64) {
+    const int64_t count = n - k < 64 ? n - k : 64;
+    for (int64_t i = 0; i < count; i++) row_to_bf16(job, p.rows[k + i], p.own[k + i], wide, p.half + i * wide);
+    if (count % 2) memset(p.half + count * wide, 0, (size_t)wide * 2);
+    for (int64_t i = 0; i < count; i += 2)
+      pair_rows(p.half + i * wide, p.half + (i + 1) * wide, wide, panel, p.pairs + (k + i) / 2 * 64);
+    qk_bf16((const uint32_t *)p.q, c, (job.width + 1) / 2, p.half, wide, count, p.sums + k * c);
+  }
+  soften_bf16(p.sums, c, n, p.top, p.total);
+}
+
+#endif
+
+// --- one query -------------------------------------------------------------------------------------------------------
+
+struct Heads {
+  int64_t first, count, c;  // columns: count padded to what the vectors take
+};
+
+inline bool in_bf16(const RqAttend &job) { return HAS_BF16 && job.format == RQ_PACKED; }
+
+Heads columns(const RqAttend &job, int64_t first, int64_t count) {
+  const int64_t lanes = in_bf16(job) || count > 8 ? (int64_t)WIDE : count > 4 ? (WIDE < 8 ? 4 : 8) : 4;
+  return Heads{first, count, up(count, lanes)};
+}
+
+void turn(const RqAttend &job, int64_t t, const Heads &h, Place &p) {
+  const float *q = job.q + t * job.q_step + h.first * job.width;
+#if defined(__AVX512BF16__)
+  if (in_bf16(job)) {
+    turn_q_pairs(q, h.count, job.width, h.c, (uint32_t *)p.q);
+    return;
+  }
+#endif
+  turn_q(q, h.count, job.width, h.c, p.q);
+}
+
+// Sums, weights, column maxima and totals of a part; returns its keys.
+int64_t score_part(const RqAttend &job, int64_t t, int64_t part, const Heads &h, Place &p) {
+  const int64_t n = gather(job, t, part, p);
+  if (!n) return 0;
+#if defined(__AVX512BF16__)
+  if (in_bf16(job)) {
+    part_bf16(job, p, h.c, n);
+    return n;
+  }
+#endif
+  for (int64_t k = 0; k < n; k++)
+    if (!p.own[k]) {
+      float *row = p.tile + k * job.width;
+      unpack_entry(job.format, (const uint8_t *)p.rows[k], job.width, job.rope, row);
+      p.rows[k] = row;
+    }
+  const float *const *rows = (const float *const *)p.rows;
+  if (h.c % WIDE == 0) {
+    dots_all<WIDE>(p.q, h.c, job.width, rows, n, p.sums);
+    soften<WIDE>(p.sums, h.c, n, p.top, p.total);
+  } else if (h.c % 8 == 0) {
+    dots_all<(WIDE < 8 ? 4 : 8)>(p.q, h.c, job.width, rows, n, p.sums);
+    soften<(WIDE < 8 ? 4 : 8)>(p.sums, h.c, n, p.top, p.total);
+  } else {
+    dots_all<4>(p.q, h.c, job.width, rows, n, p.sums);
+    soften<4>(p.sums, h.c, n, p.top, p.total);
+  }
+  return n;
+}
+
+void add_part(const RqAttend &job, int64_t n, int first, const Heads &h, const Place &p, float *out) {
+#if defined(__AVX512BF16__)
+  if (in_bf16(job)) {
+    pv_bf16((const uint32_t *)p.sums, h.c, p.pairs, (n + 1) / 2, first, p.keep, p.add, h.count, out, job.width);
+    return;
+  }
+#endif
+  pv(p.sums, h.c, (const float *const *)p.rows, n, first, p.keep, p.add, h.count, out, job.width);
+}
+
+void finish(const RqAttend &job, int64_t t, const Heads &h, int first, Place &p) {
+  float *out = job.out + t * job.out_step + h.first * job.width;
+  if (first) {  // not one key
+    memset(out, 0, (size_t)(h.count * job.width) * sizeof(float));
+    return;
+  }
+  weigh_sink(job, h.first, h.count, p);
+  for (int64_t i = 0; i < h.count; i++)
+    for (int64_t d = 0; d < job.width; d++) out[i * job.width + d] *= p.keep[i];
+}
+
+struct Partial {  // what attend_part leaves: top [C16], total [C16], sums [heads][width]
+  float *top, *total, *sums;
+  int64_t c;
+  Partial(const RqAttend &job, void *partials, int64_t part) : c(up(job.heads, 16)) {
+    top = (float *)((char *)partials + part * attend_partial_bytes(&job));
+    total = top + c;
+    sums = total + c;
+  }
+};
+
+}  // namespace
+
+namespace RQ_NS {
+
+int64_t attend_scratch(const RqAttend *job) { return Place(*job, nullptr).bytes; }
+
+void attend_heads(const RqAttend *job, int64_t query, int32_t heads_first, int32_t heads_count, void *scratch) {
+  Place p(*job, scratch);
+  const Heads h = columns(*job, heads_first, heads_count);
+  turn(*job, query, h, p);
+  float *out = job->out + query * job->out_step + heads_first * job->width;
+  const int64_t parts = parts_of(*job, query);
+  int first = 1;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t n = score_part(*job, query, part, h, p);
+    if (!n) continue;
+    weigh_parts(h.c, first, p.top, p.total, p.most, p.all, p.keep, p.add);
+    add_part(*job, n, first, h, p, out);
+    first = 0;
+  }
+  finish(*job, query, h, first, p);
+}
+
+void attend(const RqAttend *job, int64_t first, int64_t count, void *scratch) {
+  for (int64_t t = first; t < first + count; t++) attend_heads(job, t, 0, job->heads, scratch);
+}
+
+int64_t attend_parts(const RqAttend *job, int64_t query) { return parts_of(*job, query); }
+
+int64_t attend_partial_bytes(const RqAttend *job) {
+  return (2 * up(job->heads, 16) + up((int64_t)job->heads * job->width, 16)) * (int64_t)sizeof(float);
+}
+
+void attend_part(const RqAttend *job, int64_t query, int64_t part, void *partials, void *scratch) {
+  Place p(*job, scratch);
+  const Heads h = columns(*job, 0, job->heads);
+  Partial to(*job, partials, part);
+  turn(*job, query, h, p);
+  const int64_t n = score_part(*job, query, part, h, p);
+  for (int64_t i = 0; i < to.c; i++) to.top[i] = NAN, to.total[i] = -1.0f;  // total -1: no keys
+  if (!n) return;
+  memcpy(to.top, p.top, (size_t)h.c * sizeof(float));
+  memcpy(to.total, p.total, (size_t)h.c * sizeof(float));
+  for (int64_t i = 0; i < h.c; i++) p.add[i] = 1.0f;
+  add_part(*job, n, 1, h, p, to.sums);
+}
+
+void attend_merge(const RqAttend *job, int64_t query, const void *partials, int64_t parts, void *scratch) {
+  Place p(*job, scratch);
+  const Heads h = columns(*job, 0, job->heads);
+  const int64_t width = job->width;
+  float *out = job->out + query * job->out_step;
+  int first = 1;
+  for (int64_t part = 0; part < parts; part++) {
+    const Partial from(*job, (void *)partials, part);
+    if (from.total[0] == -1.0f) continue;
+    weigh_parts(h.c, first, from.top, from.total, p.most, p.all, p.keep, p.add);
+    for (int64_t i = 0; i < h.count; i++)
+      for (int64_t d = 0; d < width; d++) {
+        const F<4> sum = Lanes<4>::splat(from.sums[i * width + d] * p.add[i]);
+        float *to = out + i * width + d;
+        *to = first ? sum[0] : Lanes<4>::fma(Lanes<4>::splat(*to), Lanes<4>::splat(p.keep[i]), sum)[0];
+      }
+    first = 0;
+  }
+  finish(*job, query, h, first, p);
+}
+
+}  // namespace RQ_NS
