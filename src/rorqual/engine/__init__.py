@@ -2,12 +2,13 @@
 
 from rorqual.engine.batch import Batch, BatchEvent
 from rorqual.engine.engine import Engine, FinishReason, KVUsage, SequenceState, TokenEvent
-from rorqual.engine.errors import ContextOverflow, EngineError, PromptError, SequenceFileError
+from rorqual.engine.errors import CacheFull, ContextOverflow, EngineError, PromptError, SequenceFileError
 from rorqual.engine.sampler import SamplingParams
 
 __all__ = [
     "Batch",
     "BatchEvent",
+    "CacheFull",
     "ContextOverflow",
     "Engine",
     "EngineError",

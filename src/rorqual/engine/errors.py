@@ -1,14 +1,15 @@
 """Errors of the engine room.
 
 EngineError
+├── CacheFull         the pool has no room for what was asked (fields: need, limit, in bytes)
 ├── ContextOverflow   the tokens do not fit the model's context or the cache budget (fields: tokens, limit)
 ├── PromptError       a prompt is empty or holds ids outside the vocabulary
-└── SequenceFileError a saved sequence is unreadable, or of another model
+└── SequenceFileError a saved sequence or a cache file is unreadable, damaged, of another model, or cannot be written
 """
 
 from __future__ import annotations
 
-__all__ = ["ContextOverflow", "EngineError", "PromptError", "SequenceFileError"]
+__all__ = ["CacheFull", "ContextOverflow", "EngineError", "PromptError", "SequenceFileError"]
 
 
 class EngineError(RuntimeError):
@@ -17,6 +18,14 @@ class EngineError(RuntimeError):
 
 class PromptError(EngineError):
     """A prompt is empty or holds ids outside the vocabulary."""
+
+
+class CacheFull(EngineError):
+    """The pool has no room; nothing was changed. Close sequences, or give the engine more kv_bytes."""
+
+    def __init__(self, message: str, *, need: int, limit: int) -> None:
+        super().__init__(message)
+        self.need, self.limit = need, limit
 
 
 class ContextOverflow(EngineError):
@@ -28,4 +37,4 @@ class ContextOverflow(EngineError):
 
 
 class SequenceFileError(EngineError):
-    """A saved sequence is unreadable, or belongs to another model."""
+    """A saved sequence or cache file is unreadable, damaged or of another model, or could not be written."""
