@@ -18,11 +18,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rorqual.model.checks import check_tensor
 from rorqual.model.config import Config
 from rorqual.model.errors import CheckpointError
 from rorqual.model.quant import unpack_fp4_weight, unpack_fp8_weight
@@ -79,7 +79,7 @@ def save(
     for name, tensor in state.items():
         if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(explain_shape(name, tuple(tensor.shape), shapes[name], config))
-        _check_values(name, tensor, config)
+        check_tensor(name, tensor, config)
     if (directory / INDEX).exists():
         raise CheckpointError(
             f"{directory} holds a sharded checkpoint ({INDEX}): save into another directory"
@@ -147,20 +147,6 @@ def _read(name: str, found: Survey, handles: Mapping[Path, Any]) -> Tensor:
             out[part.place.expert] = tensor
         else:
             out = tensor
-        _check_values(stored.name, tensor, found.config)
+        check_tensor(stored.name, tensor, found.config)
     assert out is not None, "the survey found at least one part"
     return out.long() if name.endswith("tid2eid") else out
-
-
-def _check_values(name: str, tensor: Tensor, config: Config) -> None:
-    if name.endswith("tid2eid"):
-        if tensor.numel() and not bool(((tensor >= 0) & (tensor < config.n_routed_experts)).all()):
-            raise CheckpointError(
-                f"{name}: names expert {int(tensor.min())} to {int(tensor.max())}, "
-                f"config.json has {config.n_routed_experts} (n_routed_experts)"
-            )
-    elif not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite: the weights are damaged"
-        )

@@ -2,7 +2,7 @@
 
 A survey reads names, shapes and dtypes of all files, brings them to our names (dialects.py), and holds them against
 what the configuration expects (shapes.py). It is done before a byte of data is used.
-Owns these checks. Reads no data: checkpoint.py, packed.py and verify.py do. spec/model.md 5 and 7.
+Owns these checks. Reads no data: checkpoint.py, packed.py do. spec/model.md 5 and 7.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rorqual.model.errors import CheckpointError
 from rorqual.model.shapes import Shapes, expected_shapes, explain_names, explain_shape, listed
 from rorqual.model.shards import Shard, Stored, find_shards, read_shard
 
-__all__ = ["Part", "Survey", "fp8_blocks", "survey"]
+__all__ = ["FP4_BLOCK", "Part", "Survey", "fp8_blocks", "survey"]
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ SCALES = ("F8_E8M0", "U8")
 FP8_BLOCKS = (128, 32)
 """Sides of an FP8 scale's block: V4, and V4.1."""
 FP4_BLOCK = 32
+"""Elements along K that one scale of an FP4 matrix covers."""
 CORE = ("embed.weight", "norm.weight", "layers.0.attn.wkv.weight")
 Dialect = Literal["official", "stacked", "hf", "hf-saved"]
 

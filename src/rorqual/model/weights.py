@@ -103,6 +103,12 @@ class Weights(Protocol):
         read that fails), IndexError (no such layer or expert).
         """
 
+    def prefetch(self, token_ids: Sequence[int]) -> None:
+        """Says which tokens come next: experts that the hash layers will pick for them are read ahead.
+
+        Valid ids (0 to vocab_size - 1) only; changes no result. Does nothing where experts are resident.
+        """
+
 
 def split_expert(name: str) -> tuple[str, int] | None:
     """`layers.3.ffn.experts.7.w1` as (`layers.3.ffn.experts.w1`, 7); None for all other names."""
@@ -168,6 +174,9 @@ class ModelWeights:
             Expert(*(self.matrix(f"{prefix}ffn.experts.{expert}.{w}") for w in ("w1", "w3", "w2")))
             for expert in ids
         ]
+
+    def prefetch(self, token_ids: Sequence[int]) -> None:
+        """See `Weights.prefetch`."""
 
     def _tensor(self, name: str) -> Tensor:
         path = self._names.get(name) or self._names.get(f"{name}.weight")

@@ -1,0 +1,68 @@
+"""Whether the values of stored tensors are sound: no NaN, no infinity, no scale that overflows, no expert too many.
+
+A packed matrix is judged by its codes and scales, in pieces, without dequantising it.
+Owns these judgements for data that stays packed; checkpoint.py judges what it dequantises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rorqual.model.config import Config
+from rorqual.model.errors import CheckpointError
+from rorqual.model.weights import Packed
+
+__all__ = ["bad_scales", "bad_values", "check_tensor", "check_values"]
+
+PIECE = 4 << 20
+"""Elements looked at together."""
+TOP_SCALE = {"fp8": 246, "fp4": 252}
+"""The highest ue8m0 byte whose largest value (448, 6) is finite in fp32 and bf16."""
+
+
+def bad_values(data: Tensor, *, fp8: bool = False) -> int:
+    """How many elements are NaN or infinite; `fp8`: `data` holds e4m3 codes as uint8, of which 0x7f and 0xff are."""
+    count = 0
+    flat = data.reshape(-1)
+    for start in range(0, len(flat), PIECE):
+        piece = flat[start : start + PIECE]
+        bad = (piece & 0x7F) == 0x7F if fp8 else ~torch.isfinite(piece)
+        if bool(bad.any()):
+            count += int(bad.sum())
+    return count
+
+
+def bad_scales(scale: Tensor, kind: str) -> int:
+    """How many ue8m0 bytes are NaN (255), or so high that a value of their block could be infinite."""
+    return int((scale > TOP_SCALE[kind]).sum())
+
+
+def check_values(name: str, packed: Packed) -> None:
+    """Raises CheckpointError when the matrix `name` holds NaN, infinity or a scale out of range."""
+    if packed.scale is not None and (count := bad_scales(packed.scale, packed.kind)):
+        raise CheckpointError(
+            f"{name}: {count} of {packed.scale.numel()} scales are NaN or above 2^{TOP_SCALE[packed.kind] - 127}: "
+            "the weights are damaged"
+        )
+    if packed.kind != "fp4":  # each of the 16 codes of e2m1 is a number
+        _refuse(name, bad_values(packed.data, fp8=packed.kind == "fp8"), packed.data.numel())
+
+
+def check_tensor(name: str, tensor: Tensor, config: Config) -> None:
+    """The same for a vector, or a table of experts."""
+    if tensor.dtype in (torch.int64, torch.int32):
+        low, high = (int(tensor.min()), int(tensor.max())) if tensor.numel() else (0, 0)
+        if low < 0 or high >= config.n_routed_experts:
+            raise CheckpointError(
+                f"{name}: names expert {low} to {high}, config.json has {config.n_routed_experts} (n_routed_experts)"
+            )
+    else:
+        _refuse(name, bad_values(tensor), tensor.numel())
+
+
+def _refuse(name: str, count: int, total: int) -> None:
+    if count:
+        raise CheckpointError(
+            f"{name}: {count} of {total} values are NaN or infinite: the weights are damaged"
+        )
