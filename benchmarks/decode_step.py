@@ -7,7 +7,7 @@ time. The step's bound is the larger of the two. Random weights: a step does the
 Each step is timed on its own, in wall and in CPU time (of all threads): on a busy machine the wall time of the longer,
 torch, step holds more of the others' work, so that there the CPU times, their ratio and the share of the bound count.
 
-    python benchmarks/engine.py [--rounds 7] [--threads 2] [--out benchmarks/results/engine.json]
+    python benchmarks/decode_step.py [--rounds 7] [--threads 2] [--out benchmarks/results/decode_step.json]
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "engine.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "decode_step.json")
     args = parser.parse_args()
     status = cpu_status()
     if not status.available:
@@ -172,7 +172,7 @@ def main() -> None:
     )
     document = {
         "question": "decode step of the embedded model, torch and native, ms",
-        "command": f"python benchmarks/engine.py --rounds {args.rounds} --threads {args.threads}",
+        "command": f"python benchmarks/decode_step.py --rounds {args.rounds} --threads {args.threads}",
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
