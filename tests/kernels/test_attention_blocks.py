@@ -6,7 +6,7 @@ float64, so that any difference is a wrong formula: at most 1e-12 is seen, 1e-10
 import pytest
 import torch
 
-from rorqual.kernels import attend_blocks, attention, index_loss, index_scores, select_entries
+from rorqual.kernels import attend_blocks, attention, index_loss, index_scores, select_entries, select_top_k
 from tests.oracles import full_attention as oracle
 
 BATCH, HEADS, WIDTH, WINDOW, INDEX_HEADS, INDEX_WIDTH = 2, 3, 6, 4, 5, 4
@@ -80,7 +80,7 @@ def test_backward_equals_finite_differences(entries):
     assert torch.autograd.gradcheck(run, (q, kv, sink, *given))
 
 
-@pytest.mark.parametrize("length, top_k", [(61, 5), (61, 1), (9, 5)])
+@pytest.mark.parametrize("length, top_k", [(61, 5), (61, 1), (9, 5), (57, 2)])
 def test_selection_sparse_attention_and_its_loss_equal_whole_matrices(block, length, top_k):
     leaves = q, kv, entries, sink, index_q, keys, weights = _leaves(length, 4, seed=1)
     visible = _visible(length, 4)
@@ -126,3 +126,15 @@ def test_selection_gives_ties_to_the_earlier_entry_in_every_block(block):
 def test_scores_of_blocks_are_those_of_the_whole():
     q, keys, weights = _draw(2, (1, 9, 5, 4), (1, 7, 4), (1, 9, 5), dtype=torch.float32)
     torch.testing.assert_close(index_scores(q, keys, weights), oracle.scores(q, keys, weights))
+
+
+def test_top_k_with_many_ties_is_that_of_a_stable_sort():
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randint(-2, 3, (2, 50, 40), generator=generator).float()  # five values: ties everywhere
+    visible = torch.rand(2, 50, 40, generator=generator) < 0.7
+    for top_k in (1, 7, 39, 40, 64):
+        picked = select_top_k(scores, visible, top_k=top_k)
+        expected = oracle.picks(scores, visible, top_k)
+        assert torch.equal(attention.picked_mask(picked, 40), expected)
+        shown = picked.masked_fill(picked < 0, 99)
+        assert bool((shown.diff(dim=-1) >= 0).all()), "ascending, -1 last"

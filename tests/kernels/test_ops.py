@@ -86,6 +86,6 @@ def test_index_scores_are_weighted_rectified_dots():
 def test_top_k_ties_go_to_the_earlier_entry_and_invisible_ones_are_minus_one():
     scores = torch.tensor([[[0.0, 2.0, 0.0, 0.0, 9.0]]])
     visible = torch.tensor([[[True, True, True, True, False]]])
-    assert kernels.select_top_k(scores, visible, top_k=3).tolist() == [[[1, 0, 2]]]
+    assert kernels.select_top_k(scores, visible, top_k=3).tolist() == [[[0, 1, 2]]]
     few = torch.tensor([[[True, False, False, False, False]]])
     assert kernels.select_top_k(scores, few, top_k=3).tolist() == [[[0, -1, -1]]]

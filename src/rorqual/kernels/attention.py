@@ -21,6 +21,8 @@ __all__ = ["attend", "attend_blocks", "query_blocks"]
 NEGATIVE = float("-inf")
 BLOCK_ELEMENTS = 1 << 18
 """Logits that a block of queries may make: 1 MB in fp32, what a core's cache keeps. Measured best of 2^16 to 2^20."""
+GATHER_FROM = 6
+"""Entries for one that is picked, from which gathering the picks is cheaper than masking the others."""
 
 
 def _softmax_with_sink(logits: Tensor, sink: Tensor) -> Tensor:
@@ -68,16 +70,85 @@ def attend(
 
 
 def query_blocks(
-    length: int, *, rows: int, ratio: int, entries: int, multiple: int = 1
+    length: int, *, elements: int, ratio: int, entries: int, multiple: int = 1
 ) -> Iterator[tuple[int, int, int]]:
     """Cuts T = `length` queries into blocks: first query, last + 1, entries that the block's last query sees.
 
-    A query is `rows` = B * H rows of logits. Blocks are multiples of `multiple`, the last may be short.
+    A query makes `elements` numbers. Blocks are multiples of `multiple`, the last may be short.
     """
-    size = max(BLOCK_ELEMENTS // (rows * max(entries, 2 * multiple)) // multiple, 1) * multiple
+    size = max(BLOCK_ELEMENTS // max(elements, 1) // multiple, 1) * multiple
     for first in range(0, length, size):
         last = min(first + size, length)
         yield first, last, min(last // ratio, entries) if entries else 0
+
+
+def visible_entries(span: tuple[int, int, int], *, ratio: int, device: torch.device) -> Tensor:
+    """bool [1, C, seen]: entry s < (t+1)//M, for the queries of a block."""
+    first, last, seen = span
+    steps = torch.arange(first + 1, last + 1, device=device)
+    return (torch.arange(seen, device=device) < (steps // ratio)[:, None])[None]
+
+
+def picked_mask(picked: Tensor, size: int) -> Tensor:
+    """Indices [B, C, K] (-1: none) to a bool mask [B, C, size]."""
+    mask = torch.zeros(*picked.shape[:2], size + 1, dtype=torch.bool, device=picked.device)
+    return mask.scatter_(2, torch.where(picked < 0, size, picked), True)[..., :size]
+
+
+class Sight:
+    """Which entries the queries of one block see, N of them: all that are complete, or each query its own picks.
+
+    Picks are gathered, [B*C, K, D], where there are many entries for one that is picked; else they are a mask.
+    """
+
+    def __init__(
+        self, span: tuple[int, int, int], *, batch: int, ratio: int, picked: Tensor | None, gathered: bool
+    ) -> None:
+        self.span, self.batch, self.ratio = span, batch, ratio
+        self.queries = span[1] - span[0]
+        self.picked = None if picked is None else picked[:, span[0] : span[1]]
+        self.index: Tensor | None = None
+        self.count = span[2]
+        if gathered and self.picked is not None:
+            self.index, self.count = self.picked.clamp(min=0), self.picked.shape[2]
+
+    @staticmethod
+    def gathers(picked: Tensor | None, entries: int) -> bool:
+        """Whether picks of a whole sequence are better gathered."""
+        return picked is not None and entries >= GATHER_FROM * picked.shape[2]
+
+    def flat(self, rows: int) -> tuple[int, int, int]:
+        """The shape in which a query's `rows` rows [B, C, rows, D] meet `take`'s entries."""
+        many = self.batch * self.queries
+        return (self.batch, self.queries * rows, -1) if self.index is None else (many, rows, -1)
+
+    def take(self, entries: Tensor) -> Tensor:
+        """Entries [B, S, D] that the block sees: [B, seen, D], or gathered [B*C, K, D]."""
+        if self.index is None:
+            return entries[:, : self.count]
+        return entries.flatten(0, 1)[self._places(entries)].view(-1, self.count, entries.shape[2])
+
+    def hidden(self, device: torch.device) -> Tensor:
+        """bool [B or 1, C, N]: True where a query does not see."""
+        if self.index is not None and self.picked is not None:
+            return self.picked < 0
+        if self.picked is not None:
+            return ~picked_mask(self.picked, self.count)
+        return ~visible_entries(self.span, ratio=self.ratio, device=device)
+
+    def accumulate(self, total: Tensor, weights: Tensor, rows: Tensor) -> None:
+        """Adds weights^T rows, both in `flat`'s shape, to the entries' gradients `total` [B, S, D]."""
+        if self.index is None:
+            total[:, : self.count].baddbmm_(weights.transpose(1, 2), rows)
+        else:
+            parts = weights.transpose(1, 2) @ rows  # [B*C, K, D]
+            total.view(-1, total.shape[2]).index_add_(0, self._places(total), parts.flatten(0, 1))
+
+    def _places(self, entries: Tensor) -> Tensor:
+        """Picks as rows of [B * S], flat."""
+        assert self.index is not None
+        base = torch.arange(self.batch, device=entries.device)[:, None, None] * entries.shape[1]
+        return (self.index + base).flatten()
 
 
 def attend_blocks(
@@ -113,19 +184,17 @@ def attend_blocks(
 
 
 class _Block:
-    """Logits of one block of queries: `near` [B, C/W, W, H, 2W] on the window, `far` [B, C, H, seen] on entries."""
+    """Logits of one block of queries: `near` [B, C/W, W, H, 2W] on the window, `far` [B, C, H, N] on entries."""
 
-    def __init__(self, rows, kv, entries, ratio, picked, bias, near, window, span) -> None:  # type: ignore[no-untyped-def]
-        self.first, self.last, self.seen = first, last, seen = span
+    def __init__(self, rows, kv, entries, bias, near, window, sight) -> None:  # type: ignore[no-untyped-def]
+        first, last, _ = sight.span
+        self.first, self.last = first, last
         batch, _, heads, _ = rows.shape
-        self.rows = rows[:, first:last]
+        self.rows, self.sight = rows[:, first:last], sight
         wide = torch.promote_types(rows.dtype, torch.float32)
         self.blocks = (batch, (last - first) // window, window * heads, -1)
-        self.flat = (batch, (last - first) * heads, -1)
-        keys = kv[:, first : last + window].unfold(1, 2 * window, window)
-        self.keys = keys.transpose(
-            2, 3
-        ).contiguous()  # [B, C/W, 2W, D]: the windows overlap, products need copies
+        keys = kv[:, first : last + window].unfold(1, 2 * window, window).transpose(2, 3)
+        self.keys = keys.contiguous()  # [B, C/W, 2W, D]: the windows overlap, and products need copies
         if near is None:
             near = (self.rows.reshape(self.blocks) @ self.keys.transpose(2, 3)).to(wide)
             near = near.view(batch, -1, window, heads, 2 * window).add_(_near_bias(window, near.device))
@@ -134,30 +203,13 @@ class _Block:
             self.near = near.view(batch, last - first, heads, 2 * window)
         else:
             self.near = near[:, first:last]
-        self.entries = entries[:, :seen]
+        self.flat, self.entries = sight.flat(heads), sight.take(entries)
         far = (self.rows.reshape(self.flat) @ self.entries.transpose(1, 2)).to(wide)
-        self.far = far.view(batch, last - first, heads, seen)
-        if seen:
-            self._hide(ratio, picked, bias)
-
-    def _hide(self, ratio, picked, bias) -> None:  # type: ignore[no-untyped-def]
-        """Entries that a query may not see get -inf; `bias` is added to the others."""
-        first, last, seen = self.first, self.last, self.seen
-        if bias is not None:
-            self.far.add_(bias[:, first:last, None, None])
-        if picked is None:
-            since = min((first + 1) // ratio, seen)  # all queries of the block see the entries before
-            steps = torch.arange(first + 1, last + 1, device=self.far.device)
-            late = torch.arange(since, seen, device=self.far.device) >= (steps // ratio)[:, None]
-            self.far[..., since:].masked_fill_(late[:, None], NEGATIVE)
-        else:
-            self.far.masked_fill_(~picked_mask(picked[:, first:last], seen)[:, :, None], NEGATIVE)
-
-
-def picked_mask(picked: Tensor, size: int) -> Tensor:
-    """Indices [B, C, K] (-1: none) to a bool mask [B, C, size]."""
-    mask = torch.zeros(*picked.shape[:2], size + 1, dtype=torch.bool, device=picked.device)
-    return mask.scatter_(2, torch.where(picked < 0, size, picked), True)[..., :size]
+        self.far = far.view(batch, last - first, heads, sight.count)
+        if sight.count:
+            if bias is not None:
+                self.far.add_(bias[:, first:last, None, None])
+            self.far.masked_fill_(sight.hidden(far.device)[:, :, None], NEGATIVE)
 
 
 def _near_bias(window: int, device: torch.device) -> Tensor:
@@ -181,15 +233,15 @@ class _BlockAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         log_sum = q.new_empty(batch, length, heads, dtype=torch.promote_types(q.dtype, torch.float32))
         kept = log_sum.new_empty(batch, length, heads, 2 * window)
-        for span in _spans(q, entries, ratio, window):
-            block = _Block(rows, kv, entries, ratio, picked, bias, None, window, span)
+        for sight in _sights(q, entries, ratio, picked, window):
+            block = _Block(rows, kv, entries, bias, None, window, sight)
             near, far, first, last = block.near, block.far, block.first, block.last
             top = torch.maximum(near.amax(-1), sink.to(near.dtype))
-            top = torch.maximum(top, far.amax(-1)) if block.seen else top
+            top = torch.maximum(top, far.amax(-1)) if sight.count else top
             near, far = near.sub_(top[..., None]).exp_(), far.sub_(top[..., None]).exp_()
             total = near.sum(-1) + far.sum(-1) + torch.exp(sink - top)
             part = (near.to(q.dtype).view(block.blocks) @ block.keys).view(*near.shape[:3], width)
-            if block.seen:
+            if sight.count:
                 part = part + (far.to(q.dtype).view(block.flat) @ block.entries).view(part.shape)
             share = total.reciprocal()[..., None]
             out[:, first:last] = part.mul_(share)
@@ -207,8 +259,8 @@ class _BlockAttention(torch.autograd.Function):
         d_out = d_out.contiguous().to(dtype)
         delta = (d_out.to(log_sum.dtype) * out).sum(-1, keepdim=True)  # [B, T, H, 1]
         d_rows, d_kv, d_entries = torch.empty_like(rows), torch.zeros_like(kv), torch.zeros_like(entries)
-        for span in _spans(rows, entries, ctx.ratio, window):
-            block = _Block(rows, kv, entries, ctx.ratio, picked, bias, kept, window, span)
+        for sight in _sights(rows, entries, ctx.ratio, picked, window):
+            block = _Block(rows, kv, entries, bias, kept, window, sight)
             near, far, first, last = block.near, block.far, block.first, block.last
             at, wider = log_sum[:, first:last, :, None], delta[:, first:last]
             d_part, flat_rows = d_out[:, first:last], block.rows.reshape(block.flat)
@@ -222,18 +274,25 @@ class _BlockAttention(torch.autograd.Function):
             d_keys = d_keys + near_rows.transpose(2, 3) @ d_part.reshape(block.blocks)
             d_kv[:, first:last] += d_keys[:, :, :window].flatten(1, 2)
             d_kv[:, first + window : last + window] += d_keys[:, :, window:].flatten(1, 2)
-            if block.seen:
+            if sight.count:
                 far, flat_out = far.sub_(at).exp_(), d_part.reshape(block.flat)
                 d_far = (flat_out @ block.entries.transpose(1, 2)).to(far.dtype).view(far.shape)
                 d_far = d_far.sub_(wider).mul_(far).to(dtype).view(block.flat)
                 part = part + (d_far @ block.entries).view(part.shape)
-                d_entries[:, : block.seen].baddbmm_(d_far.transpose(1, 2), flat_rows)
-                d_entries[:, : block.seen].baddbmm_(far.to(dtype).view(block.flat).transpose(1, 2), flat_out)
+                sight.accumulate(d_entries, d_far, flat_rows)
+                sight.accumulate(d_entries, far.to(dtype).view(block.flat), flat_out)
             d_rows[:, first:last] = part
         d_sink = -(torch.exp(sink - log_sum) * delta[..., 0]).sum((0, 1))
         return d_rows * width**-0.5, d_kv, d_entries, d_sink, None, None, None, None
 
 
-def _spans(q: Tensor, entries: Tensor, ratio: int, window: int) -> Iterator[tuple[int, int, int]]:
-    batch, length, heads, _ = q.shape
-    return query_blocks(length, rows=batch * heads, ratio=ratio, entries=entries.shape[1], multiple=window)
+def _sights(q: Tensor, entries: Tensor, ratio: int, picked: Tensor | None, window: int) -> Iterator[Sight]:
+    """The blocks of a whole sequence."""
+    batch, length, heads, width = q.shape
+    count = entries.shape[1]
+    gathered = Sight.gathers(picked, count)
+    elements = batch * heads * max(count, 2 * window)
+    if gathered and picked is not None:
+        elements = batch * max(picked.shape[2] * width, heads * 2 * window)
+    for span in query_blocks(length, elements=elements, ratio=ratio, entries=count, multiple=window):
+        yield Sight(span, batch=batch, ratio=ratio, picked=picked, gathered=gathered)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rorqual.kernels.attention import picked_mask, query_blocks
+from rorqual.kernels.attention import Sight, query_blocks, visible_entries
 
 __all__ = ["index_loss", "index_scores", "select_entries", "select_top_k"]
 
@@ -28,20 +28,22 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
 
 
 def select_top_k(scores: Tensor, visible: Tensor, *, top_k: int) -> Tensor:
-    """Indices int64 [B, T, K] of the best visible entries, -1 where there are fewer than `top_k`.
+    """Indices int64 [B, T, K] of the best visible entries, ascending, then -1 where there are fewer than `top_k`.
 
-    scores fp32 [B, T, S], visible bool [B or 1, T, S]. K = min(top_k, S). Stable: ties go to the lower index.
+    scores fp32 [B, T, S], visible bool [B or 1, T, S]. K = min(top_k, S). Ties go to the lower index.
     """
+    size, none = min(top_k, scores.shape[-1]), scores.shape[-1]
     masked = scores.masked_fill(~visible, float("-inf"))
-    picked = torch.sort(masked, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    values, picked = torch.topk(masked, size, dim=-1, sorted=False)
+    lowest = values.amin(-1, keepdim=True)
+    tied = (masked >= lowest).sum(-1) > size  # topk takes any of those that tie for the last places
+    tied &= lowest[..., 0] > float("-inf")
+    if bool(tied.any()):
+        order = torch.sort(masked[tied], dim=-1, descending=True, stable=True).indices
+        picked[tied] = order[..., :size]
     seen = torch.gather(visible.expand_as(masked), -1, picked)
-    return torch.where(seen, picked, -1)
-
-
-def _visible(first: int, last: int, seen: int, *, ratio: int, device: torch.device) -> Tensor:
-    """bool [1, C, seen]: entry s < (t+1)//M, for queries `first` to `last`."""
-    steps = torch.arange(first + 1, last + 1, device=device)
-    return (torch.arange(seen, device=device) < (steps // ratio)[:, None])[None]
+    picked = picked.masked_fill_(~seen, none).sort(-1).values
+    return picked.masked_fill_(picked == none, -1)
 
 
 @torch.no_grad()
@@ -53,11 +55,12 @@ def select_entries(q: Tensor, keys: Tensor, weights: Tensor, *, ratio: int, top_
     batch, length, heads, _ = q.shape
     size = min(top_k, keys.shape[1])
     picked = torch.full((batch, length, size), -1, dtype=torch.int64, device=q.device)
-    for first, last, seen in query_blocks(length, rows=batch * heads, ratio=ratio, entries=keys.shape[1]):
-        part = slice(first, last)
+    elements = batch * heads * keys.shape[1]
+    for span in query_blocks(length, elements=elements, ratio=ratio, entries=keys.shape[1]):
+        part, seen = slice(*span[:2]), span[2]
         if not seen:
             continue
-        visible = _visible(first, last, seen, ratio=ratio, device=q.device)
+        visible = visible_entries(span, ratio=ratio, device=q.device)
         if seen <= size:  # everything visible is picked: no need to score
             numbers = torch.arange(seen, device=q.device)
             picked[:, part, :seen] = torch.where(visible, numbers, -1)
@@ -103,37 +106,38 @@ class _IndexLoss(torch.autograd.Function):
         loss, counted = q.new_zeros((), dtype=wide), 0
         d_q, d_weights = torch.zeros_like(q, dtype=wide), torch.zeros_like(weights, dtype=wide)
         d_keys = torch.zeros_like(keys_wide)
-        most = max(heads, rows.shape[2])
-        for first, last, seen in query_blocks(length, rows=batch * most, ratio=ratio, entries=keys.shape[1]):
-            if not seen:
+        gathered = Sight.gathers(picked, keys.shape[1])
+        most = max(heads, rows.shape[2]) * keys.shape[1]
+        if gathered:
+            most = picked.shape[2] * max(rows.shape[3], width)
+        for span in query_blocks(length, elements=batch * most, ratio=ratio, entries=keys.shape[1]):
+            if not span[2]:
                 continue
-            part, size = slice(first, last), last - first
-            visible = _visible(first, last, seen, ratio=ratio, device=q.device)
-            if picked is not None:
-                visible = picked_mask(picked[:, part], seen)
-            attention = (scaled[:, part].flatten(1, 2) @ entries[:, :seen].to(rows.dtype).transpose(1, 2)).to(
-                wide
-            )
-            attention = attention.view(batch, size, -1, seen).sub_(log_sum[:, part, :, None]).exp_()
-            target = attention.sum(2).masked_fill_(~visible, 0.0)  # [B, C, seen]
+            sight = Sight(span, batch=batch, ratio=ratio, picked=picked, gathered=gathered)
+            part, shape = slice(*span[:2]), (batch, sight.queries, -1, sight.count)
+            hidden = sight.hidden(q.device)
+            flat_rows = scaled[:, part].reshape(sight.flat(rows.shape[2]))
+            attention = (flat_rows @ sight.take(entries.to(rows.dtype)).transpose(1, 2)).to(wide)
+            attention = attention.view(shape).sub_(log_sum[:, part, :, None]).exp_()
+            target = attention.sum(2).masked_fill_(hidden, 0.0)  # [B, C, N]
             total = target.sum(-1, keepdim=True)
             target = target.div_(total.clamp(min=1e-9))
-            flat, near = q[:, part].to(wide).flatten(1, 2), keys_wide[:, :seen]
-            dots = torch.relu_(flat @ near.transpose(1, 2)).view(batch, size, heads, seen)
+            flat, near = q[:, part].to(wide).reshape(sight.flat(heads)), sight.take(keys_wide)
+            dots = torch.relu_(flat @ near.transpose(1, 2)).view(shape)
             weight = weights[:, part].to(wide)
-            scores = (weight[:, :, None] @ dots)[:, :, 0].masked_fill_(~visible, HIDDEN)
+            scores = (weight[:, :, None] @ dots)[:, :, 0].masked_fill_(hidden, HIDDEN)
             log_p, log_q = torch.log(target.clamp(min=1e-9)), torch.log_softmax(scores, dim=-1)
-            count = visible.any(-1) & (total[..., 0] > 1e-6)
+            count = ~hidden.all(-1) & (total[..., 0] > 1e-6)
             loss += (target * (log_p - log_q)).sum(-1)[count].sum()
             counted += int(count.sum())
             if not ctx.needs_input_grad[0]:
                 continue
             d_scores = log_q.exp_().mul_(target.sum(-1, keepdim=True)).sub_(target).mul_(count[..., None])
-            d_scores = d_scores.masked_fill_(~visible, 0.0)
+            d_scores = d_scores.masked_fill_(hidden, 0.0)
             d_weights[:, part] = (dots @ d_scores[..., None])[..., 0]
-            d_dots = (dots > 0).mul(d_scores[:, :, None]).mul_(weight[..., None]).flatten(1, 2)
-            d_q[:, part] = (d_dots @ near).view(batch, size, heads, width)
-            d_keys[:, :seen].baddbmm_(d_dots.transpose(1, 2), flat)
+            d_dots = (dots > 0).mul(d_scores[:, :, None]).mul_(weight[..., None]).view(sight.flat(heads))
+            d_q[:, part] = (d_dots @ near).view(batch, sight.queries, heads, width)
+            sight.accumulate(d_keys, d_dots, flat)
         ctx.scale = 1 / max(counted, 1)
         ctx.save_for_backward(d_q.to(q.dtype), d_keys.to(keys.dtype), d_weights.to(weights.dtype))
         return loss * ctx.scale
