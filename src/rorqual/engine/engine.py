@@ -94,7 +94,7 @@ class Engine:
 
     def load(self, path: str | Path) -> SequenceState:
         """A sequence written by `SequenceState.save`. Raises SequenceFileError."""
-        from rorqual.engine.store import load_sequence
+        from rorqual.engine.saved import load_sequence
 
         return load_sequence(self, path)
 
@@ -184,7 +184,7 @@ class SequenceState:
 
     def save(self, path: str | Path) -> None:
         """Writes tokens and cache to one file, atomically."""
-        from rorqual.engine.store import save_sequence
+        from rorqual.engine.saved import save_sequence
 
         save_sequence(self, path)
 
