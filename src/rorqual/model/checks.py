@@ -13,7 +13,7 @@ from rorqual.model.config import Config
 from rorqual.model.errors import CheckpointError
 from rorqual.model.weights import Packed
 
-__all__ = ["bad_scales", "bad_values", "check_tensor", "check_values"]
+__all__ = ["TOP_SCALE", "bad_scales", "bad_values", "check_tensor", "check_values"]
 
 PIECE = 4 << 20
 """Elements looked at together."""

@@ -168,6 +168,21 @@ class PackedWeights:
         """What reading on demand did so far; None when the experts are resident."""
         return None if self._experts is None else self._experts.stats()
 
+    def storage(self, name: str) -> tuple[str, int]:
+        """The dtype (shards.DTYPES) in which the matrix `name` is stored, and its FP8 block or 0. Reads no data."""
+        stored, kind, _, _, scale = self._locate(name.removesuffix(".weight"))
+        if kind != "fp8" or scale is None:
+            return stored.dtype, 0
+        return stored.dtype, fp8_blocks(stored.shape, scale.shape)[0]
+
+    def stored_bytes(self, stored: Stored) -> Tensor:
+        """The bytes of a tensor of this checkpoint, uint8, mapped: for copying what has no meaning here."""
+        return self._maps[stored.file].tensor(stored.begin, stored.nbytes)
+
+    def forget(self, name: str) -> None:
+        """Lets go of the matrix `name`: whoever walks through all of them keeps none."""
+        self._matrices.pop(name.removesuffix(".weight"), None)
+
     def close(self) -> None:
         """Ends the reading threads. Tensors that were given out stay readable. May be called again."""
         if self._experts is not None:
@@ -231,8 +246,7 @@ class PackedWeights:
         return _pack(stored, kind, shape, data, scale=scale, factor=factor)
 
     def _plain(self, stored: Stored) -> Tensor:
-        raw = self._maps[stored.file].tensor(stored.begin, stored.nbytes)
-        return _typed(raw, stored.dtype).view(stored.shape)
+        return _typed(self.stored_bytes(stored), stored.dtype).view(stored.shape)
 
     def _mapped_expert(self, prefix: str, expert: int) -> Expert:
         return Expert(*(self.matrix(f"{prefix}ffn.experts.{expert}.{matrix}") for matrix in MATRICES))
