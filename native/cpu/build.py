@@ -16,7 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-exceptions -fno-rtti -fvisibility=hidden -Wall -Wextra"
-SOURCES = ("step.cpp", "rows.cpp", "attend.cpp", "index.cpp", "core.cpp")
+SOURCES = ("step.cpp", "rows.cpp", "attend.cpp", "index.cpp", "core.cpp", "gemm.cpp")
 """Compiled per level, RQ_LEVEL its name, RQ_NS the namespace of its functions; RQ_FIRST is set for the portable one.
 library.cpp is compiled once."""
 # gcc 12's own avx512fintrin.h trips its warning about uninitialised values (gcc bug 105593, fixed in 13).

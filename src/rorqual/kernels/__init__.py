@@ -9,6 +9,7 @@ from rorqual.kernels.attention import attend, attend_blocks
 from rorqual.kernels.cpu import CpuStatus, cpu_status
 from rorqual.kernels.hadamard import hadamard
 from rorqual.kernels.indexer import index_loss, index_scores, select_entries, select_top_k
+from rorqual.kernels.matmul import matmul, matmul_cpu
 from rorqual.kernels.pooling import overlap_rows, pool
 from rorqual.kernels.rope import apply_rope, rope_frequencies, rope_table
 from rorqual.kernels.sinkhorn import sinkhorn
@@ -22,6 +23,8 @@ __all__ = [
     "hadamard",
     "index_loss",
     "index_scores",
+    "matmul",
+    "matmul_cpu",
     "overlap_rows",
     "pool",
     "rope_frequencies",

@@ -1,0 +1,386 @@
+// gemm.cpp: see gemm.h. Compiled once per level.
+//
+// A sum is a vector of lanes that each add every VL-th product (RQ_DOT: pairs of bf16 products), k ascending in the
+// type's order, then the lanes in the fixed tree of total(). One row takes its weights from registers as they are
+// decoded (direct_*); more rows share a panel of decoded weights (tiles). Both add the same numbers in the same order.
+#include "gemm.h"
+
+#include "gemm_weights.h"
+
+namespace {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t padded(int64_t k) { return (k + CHUNK - 1) / CHUNK * CHUNK; }
+
+#if defined(__AVX512F__)
+enum { TILE_ROWS = 6 };  // rows of x that share weights in registers, with four outputs each
+#else
+enum { TILE_ROWS = 3 };
+#endif
+enum { GROUP = 8, PANEL_BYTES = 1 << 17, ROWS_BYTES = 3 << 17 };
+
+// Rows of x that are prepared together; weight rows that are decoded together.
+inline int64_t block_rows(int64_t k) {
+  return least(96, (ROWS_BYTES / (padded(k) * (int64_t)sizeof(Unit)) + TILE_ROWS) / TILE_ROWS * TILE_ROWS);
+}
+inline int64_t panel_rows(int64_t k) {
+  return least(64, (PANEL_BYTES / (padded(k) * (int64_t)sizeof(Unit)) + GROUP) / GROUP * GROUP);
+}
+
+// Sums of four vectors; a lane's place in the tree is one, whatever stands beside it.
+inline v4 total(vf a, vf b, vf c, vf d) {
+#if defined(__AVX512F__)
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return fold(_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE)));
+#else
+  return sum4(a, b, c, d);
+#endif
+}
+
+inline void keep(v4 sums, float *to, int64_t valid) {
+  if (valid >= 4)
+    memcpy(to, &sums, sizeof sums);
+  else
+    for (int64_t i = 0; i < valid; i++) to[i] = sums[i];
+}
+
+inline void fetch(const void *at, int64_t ahead) { __builtin_prefetch((const void *)((uintptr_t)at + (uintptr_t)ahead)); }
+
+// y[r][i] = w[i] . x[r] for G weight rows (the first `valid` of them wanted) and R rows.
+template <int G, int R>
+inline void tile(const float *const *w, const float *x, int64_t x_step, int64_t k, float *y, int64_t y_step, int64_t valid) {
+  vf acc[R][G];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++) acc[r][i] = zero();
+  int64_t j = 0;
+  for (; j + VL <= k; j += VL) {
+    vf wv[G];
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++) wv[i] = load(w[i] + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const vf xv = load(x + r * x_step + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < G; i++) acc[r][i] = fma(wv[i], xv, acc[r][i]);
+    }
+    if (R == 1)
+#pragma GCC unroll 8
+      for (int i = 0; i < G; i++) fetch(w[i] + j, 1024);
+  }
+  if (j < k) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const vf xv = load_part(x + r * x_step + j, (int)(k - j));
+#pragma GCC unroll 8
+      for (int i = 0; i < G; i++) acc[r][i] = fma(load_part(w[i] + j, (int)(k - j)), xv, acc[r][i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i += 4)
+      keep(total(acc[r][i], acc[r][i + 1], acc[r][i + 2], acc[r][i + 3]), y + r * y_step + i, valid - i);
+}
+
+#if defined(RQ_DOT)
+
+inline __m512 dot(__m512 sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+
+template <int G, int R>
+inline void tile(const uint16_t *const *w, const uint16_t *x, int64_t x_step, int64_t k, float *y, int64_t y_step,
+                 int64_t valid) {
+  __m512 acc[R][G];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++) acc[r][i] = zero();
+  int64_t j = 0;
+  for (; j + 32 <= k; j += 32) {
+    __m512i wv[G];
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++) wv[i] = _mm512_loadu_si512(w[i] + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m512i xv = _mm512_loadu_si512(x + r * x_step + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < G; i++) acc[r][i] = dot(acc[r][i], wv[i], xv);
+    }
+    if (R == 1)
+#pragma GCC unroll 8
+      for (int i = 0; i < G; i++) fetch(w[i] + j, 1024);
+  }
+  if (j < k) {
+    const __mmask32 rest = (1u << (k - j)) - 1;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const __m512i xv = _mm512_maskz_loadu_epi16(rest, x + r * x_step + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < G; i++) acc[r][i] = dot(acc[r][i], _mm512_maskz_loadu_epi16(rest, w[i] + j), xv);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i += 4)
+      keep(total(acc[r][i], acc[r][i + 1], acc[r][i + 2], acc[r][i + 3]), y + r * y_step + i, valid - i);
+}
+
+// use(i, j, pair): 64 weights of row i from j on, for the G rows of one row of FP8 scales, j ascending.
+template <int BLOCK, int G, class Use>
+inline void fp8_walk(const uint8_t *const *rows, const uint8_t *scales, int64_t k, const Use &use) {
+  for (int64_t block = 0; block < k; block += BLOCK < CHUNK ? (int)CHUNK : BLOCK) {
+    const uint8_t *scale = scales + block / BLOCK;
+    const Fp8Table first(*scale), second(scale[BLOCK < CHUNK && block + BLOCK < k]);  // the same one if there is no next
+    const int64_t end = least(k, block + (BLOCK < CHUNK ? (int)CHUNK : BLOCK));
+    for (int64_t j = block; j < end; j += CHUNK) {
+      const __mmask64 valid = k - j < CHUNK ? (1ull << (k - j)) - 1 : ~0ull;
+#pragma GCC unroll 8
+      for (int i = 0; i < G; i++) {
+        const __m512i codes = _mm512_maskz_loadu_epi8(valid, rows[i] + j);
+        use(i, j, BLOCK < CHUNK ? fp8_decode(codes, first, second) : fp8_decode(codes, first));
+      }
+    }
+  }
+}
+
+// The same for FP4, a row of scales for each.
+template <bool EXTREME, int G, class Use>
+inline void fp4_walk(const uint8_t *const *rows, const uint8_t *const *scales, int64_t k, const Use &use) {
+  for (int64_t j = 0; j < k; j += CHUNK) {
+    const __mmask32 valid = k - j < CHUNK ? (1u << ((k - j) / 2)) - 1 : ~0u;
+    const bool next = j + 32 < k;
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++) {
+      const uint8_t *scale = scales[i] + j / 32;
+      const __m512i table = EXTREME ? fp4_table_extreme(scale[0], scale[next]) : fp4_table(scale[0], scale[next]);
+      use(i, j, fp4_decode(_mm256_maskz_loadu_epi8(valid, rows[i] + j / 2), table));
+    }
+  }
+}
+
+// Calls use() for the G packed rows from o on, `valid` of them in the matrix, all in one row of FP8 scales.
+template <int G, class Use>
+inline void walk(const RqMatrix &w, int64_t k, int64_t o, int64_t valid, const Use &use) {
+  const uint8_t *rows[G], *scales[G];
+  bool extreme = false;
+  for (int i = 0; i < G; i++) {
+    const int64_t row = o + (i < valid ? i : valid - 1);
+    rows[i] = row_at(w, k, row);
+    scales[i] = scales_at(w, k, row);
+    if (w.type == RQ_FP4) extreme = extreme || fp4_extreme(scales[i], (k + 31) / 32);
+  }
+  if (w.type == RQ_FP8)
+    w.block == 32 ? fp8_walk<32, G>(rows, scales[0], k, use) : fp8_walk<128, G>(rows, scales[0], k, use);
+  else
+    extreme ? fp4_walk<true, G>(rows, scales, k, use) : fp4_walk<false, G>(rows, scales, k, use);
+}
+
+// Rows from o on, at most `most`, that walk() takes at once.
+inline int64_t together(const RqMatrix &w, int64_t o, int64_t most) {
+  return w.type == RQ_FP8 ? least(most, w.block - o % w.block) : most;
+}
+
+// Packed weights times one prepared row.
+void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, float *y) {
+  for (int64_t o = 0, n; o < outputs; o += n) {
+    n = together(w, first + o, least(GROUP, outputs - o));
+    __m512 acc[GROUP];
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP; i++) acc[i] = zero();
+    walk<GROUP>(w, k, first + o, n, [&](int i, int64_t j, const Pair &pair) {
+      acc[i] = dot(acc[i], pair.a, _mm512_loadu_si512(x + j));
+      acc[i] = dot(acc[i], pair.b, _mm512_loadu_si512(x + j + 32));
+    });
+    keep(total(acc[0], acc[1], acc[2], acc[3]), y + o, n);
+    keep(total(acc[4], acc[5], acc[6], acc[7]), y + o + 4, n - 4);
+  }
+}
+
+// Packed weights as bf16, [outputs][padded(k)].
+void decode(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, Unit *panel) {
+  const int64_t kp = padded(k);
+  for (int64_t o = 0, n; o < outputs; o += n) {
+    n = together(w, first + o, least(4, outputs - o));
+    Unit *to = panel + o * kp;
+    walk<4>(w, k, first + o, n, [&](int i, int64_t j, const Pair &pair) {
+      if (i >= n) return;
+      _mm512_storeu_si512(to + i * kp + j, pair.a);
+      _mm512_storeu_si512(to + i * kp + j + 32, pair.b);
+    });
+  }
+}
+
+#else  // fp32 products
+
+// Weights as fp32 in pieces of VL, j ascending: use(i, j, values, how many of them count).
+template <int TYPE, int G, class Use>
+inline void walk(const RqMatrix &w, int64_t k, int64_t o, int64_t valid, const Use &use) {
+  const uint8_t *rows[G], *scales[G];
+  for (int i = 0; i < G; i++) {
+    const int64_t row = o + (i < valid ? i : valid - 1);
+    rows[i] = row_at(w, k, row);
+    scales[i] = scales_at(w, k, row);
+  }
+  const int shift = TYPE == RQ_FP8 && w.block == 128 ? 7 : 5;
+  for (int64_t block = 0; block < k; block += 32) {
+    const int64_t end = least(k, block + 32);
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++) {
+      const vf scale = splat(TYPE == RQ_BF16 ? 1.0f : ue8m0(scales[i][block >> shift]));
+      int64_t j = block;
+      for (; j + VL <= end; j += VL) {
+        const vf v = values<TYPE>(rows[i] + code_bytes<TYPE>(j));
+        use(i, j, TYPE == RQ_BF16 ? v : v * scale, (int)VL);
+      }
+      if (j < end) {
+        const vf v = values_part<TYPE>(rows[i] + code_bytes<TYPE>(j), (int)(end - j));
+        use(i, j, TYPE == RQ_BF16 ? v : v * scale, (int)(end - j));
+      }
+    }
+  }
+}
+
+template <int TYPE>
+void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, float *y) {
+  for (int64_t o = 0; o < outputs; o += GROUP) {
+    const int64_t n = least(GROUP, outputs - o);
+    vf acc[GROUP];
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP; i++) acc[i] = zero();
+    walk<TYPE, GROUP>(w, k, first + o, n,
+                      [&](int i, int64_t j, vf values, int) { acc[i] = fma(values, load(x + j), acc[i]); });
+    keep(total(acc[0], acc[1], acc[2], acc[3]), y + o, n);
+    keep(total(acc[4], acc[5], acc[6], acc[7]), y + o + 4, n - 4);
+  }
+}
+
+template <int TYPE>
+void decode(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, Unit *panel) {
+  const int64_t kp = padded(k);
+  for (int64_t o = 0; o < outputs; o++)
+    walk<TYPE, 1>(w, k, first + o, 1, [&](int, int64_t j, vf values, int) { store(panel + o * kp + j, values); });
+}
+
+void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, float *y) {
+  if (w.type == RQ_BF16) return direct<RQ_BF16>(w, k, first, outputs, x, y);
+  w.type == RQ_FP8 ? direct<RQ_FP8>(w, k, first, outputs, x, y) : direct<RQ_FP4>(w, k, first, outputs, x, y);
+}
+
+void decode(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, Unit *panel) {
+  if (w.type == RQ_BF16) return decode<RQ_BF16>(w, k, first, outputs, panel);
+  w.type == RQ_FP8 ? decode<RQ_FP8>(w, k, first, outputs, panel) : decode<RQ_FP4>(w, k, first, outputs, panel);
+}
+
+#endif
+
+// The last `rows` < TILE_ROWS rows.
+template <class T>
+inline void tile_rest(const T *const *w, const T *x, int64_t x_step, int64_t rows, int64_t k, float *y, int64_t y_step,
+                      int64_t valid) {
+  switch (rows) {
+    case 1: return tile<GROUP, 1>(w, x, x_step, k, y, y_step, valid);
+#if defined(__AVX512F__)
+    case 2: return tile<GROUP, 2>(w, x, x_step, k, y, y_step, valid);
+    case 3: return tile<GROUP, 3>(w, x, x_step, k, y, y_step, valid);
+    case 4:
+      tile<4, 4>(w, x, x_step, k, y, y_step, valid);
+      return valid > 4 ? tile<4, 4>(w + 4, x, x_step, k, y + 4, y_step, valid - 4) : void();
+    default:
+      tile<4, 5>(w, x, x_step, k, y, y_step, valid);
+      return valid > 4 ? tile<4, 5>(w + 4, x, x_step, k, y + 4, y_step, valid - 4) : void();
+#else
+    default:
+      tile<4, 2>(w, x, x_step, k, y, y_step, valid);
+      return valid > 4 ? tile<4, 2>(w + 4, x, x_step, k, y + 4, y_step, valid - 4) : void();
+#endif
+  }
+}
+
+// y[r][o] = w[o] . x[r] for rows that are ready for use: fp32, or units in the same order of k.
+template <class T>
+void tiles(const T *w, int64_t w_step, int64_t outputs, const T *x, int64_t x_step, int64_t rows, int64_t k, float *y,
+           int64_t y_step) {
+  for (int64_t o = 0; o < outputs; o += GROUP) {
+    const int64_t valid = least(GROUP, outputs - o);
+    const T *group[GROUP];
+    for (int i = 0; i < GROUP; i++) group[i] = w + (o + (i < valid ? i : valid - 1)) * w_step;
+    int64_t r = 0;
+    for (; r + TILE_ROWS <= rows; r += TILE_ROWS) {
+      tile<4, TILE_ROWS>(group, x + r * x_step, x_step, k, y + r * y_step + o, y_step, valid);
+      if (valid > 4)
+        tile<4, TILE_ROWS>(group + 4, x + r * x_step, x_step, k, y + r * y_step + o + 4, y_step, valid - 4);
+    }
+    if (r < rows) tile_rest(group, x + r * x_step, x_step, rows - r, k, y + r * y_step + o, y_step, valid);
+  }
+}
+
+}  // namespace
+
+namespace RQ_NS {
+
+int64_t matmul_scratch(int64_t k) {
+  return (block_rows(k) + panel_rows(k)) * padded(k) * (int64_t)sizeof(Unit);
+}
+
+void matmul(const RqMatrix *w, int64_t k, int64_t first, int64_t outputs, const float *x, int64_t x_step, int64_t rows,
+            float *y, int64_t y_step, void *scratch) {
+  const int64_t block = block_rows(k), kp = padded(k), deep = panel_rows(k);
+  Unit *prepared = (Unit *)scratch, *panel = prepared + block * kp;
+  for (int64_t r = 0; r < rows; r += block) {
+    const int64_t n = least(block, rows - r);
+    const float *from = x + r * x_step;
+    float *to = y + r * y_step;
+    if (w->type == RQ_F32) {
+      tiles((const float *)w->data + first * k, k, outputs, from, x_step, n, k, to, y_step);
+      continue;
+    }
+    for (int64_t i = 0; i < n; i++) prepare(w->type, from + i * x_step, k, kp, prepared + i * kp);
+#if defined(RQ_DOT)
+    if (w->type == RQ_BF16) {
+      tiles((const uint16_t *)w->data + first * k, k, outputs, (const uint16_t *)prepared, kp, n, k, to, y_step);
+      continue;
+    }
+#endif
+    if (n == 1) {
+      direct(*w, k, first, outputs, prepared, to);
+      continue;
+    }
+    for (int64_t o = 0; o < outputs; o += deep) {
+      const int64_t m = least(deep, outputs - o);
+      decode(*w, k, first + o, m, panel);
+#if defined(RQ_DOT)
+      tiles((const Unit *)panel, kp, m, (const Unit *)prepared, kp, n, kp, to + o, y_step);
+#else
+      tiles((const Unit *)panel, kp, m, (const Unit *)prepared, kp, n, k, to + o, y_step);
+#endif
+    }
+  }
+}
+
+}  // namespace RQ_NS
+
+#define RQ_JOIN(a, b) a##b
+#define RQ_NAME(level) RQ_JOIN(rq_gemm_, level)
+extern const RqGemm RQ_NAME(RQ_LEVEL);
+const RqGemm RQ_NAME(RQ_LEVEL) = {RQ_NS::matmul_scratch, RQ_NS::matmul};
+
+#if defined(RQ_FIRST)
+#if defined(__x86_64__)
+extern const RqGemm rq_gemm_avx2, rq_gemm_avx512, rq_gemm_avx512_bf16;
+#endif
+
+extern "C" const RqGemm *rq_gemm(int32_t level) {
+  switch (level) {
+    case 0: return &rq_gemm_portable;
+#if defined(__x86_64__)
+    case 1: return &rq_gemm_avx2;
+    case 2: return &rq_gemm_avx512;
+    case 3: return &rq_gemm_avx512_bf16;
+#endif
+    default: return nullptr;
+  }
+}
+#endif
