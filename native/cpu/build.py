@@ -16,9 +16,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-exceptions -fno-rtti -fvisibility=hidden -Wall -Wextra"
-SOURCES = ("step.cpp", "rows.cpp", "attend.cpp", "index.cpp", "core.cpp", "gemm.cpp")
+SOURCES = (
+    *("step.cpp", "rows.cpp", "attend.cpp", "index.cpp", "core.cpp", "gemm.cpp"),
+    *("forward.cpp", "mixing.cpp", "sublayer.cpp", "experts.cpp"),
+)
+ONCE = ("library.cpp", "check.cpp", "team.cpp")
 """Compiled per level, RQ_LEVEL its name, RQ_NS the namespace of its functions; RQ_FIRST is set for the portable one.
-library.cpp is compiled once."""
+ONCE are compiled for the portable level alone."""
 # gcc 12's own avx512fintrin.h trips its warning about uninitialised values (gcc bug 105593, fixed in 13).
 AVX512 = [
     *["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
@@ -46,8 +50,11 @@ def build(out: Path, cxx: str, *, flags: Sequence[str] = ()) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     common = [cxx, *FLAGS.split(), *flags]
     with tempfile.TemporaryDirectory(dir=out.parent) as place:
-        objects = [f"{place}/library.o"]
-        commands = [[*common, "-c", str(HERE / "library.cpp"), "-o", objects[0]]]
+        objects = [f"{place}/{source}.o" for source in ONCE]
+        commands = [
+            [*common, "-c", str(HERE / source), "-o", made]
+            for source, made in zip(ONCE, objects, strict=True)
+        ]
         for level, extra in levels.items():
             first = ["-DRQ_FIRST"] if level == "portable" else []
             for source in SOURCES:

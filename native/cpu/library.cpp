@@ -1,91 +1,22 @@
-// library.cpp: the entry points: level dispatch, validation, and the threads over which rows are spread.
+// library.cpp: the entry points: level dispatch, validation (check.h), and the team of threads (team.h).
 //
-// Compiled for the portable level; only the object of the chosen level holds wider instructions. The pool is the
-// caller's: its threads sleep between steps, nothing spins, and a step does not wait for a thread that never woke.
-#include <pthread.h>
-#include <stdlib.h>
+// Compiled for the portable level; only the objects of the chosen level hold wider instructions.
 #include <string.h>
 
+#include "check.h"
 #include "core.h"
+#include "forward.h"
 #include "levels.h"
+#include "team.h"
 
 static_assert(sizeof(RqMatrix) == 24 && sizeof(RqModel) == 200 && sizeof(RqCompressor) == 64 && sizeof(RqLayer) == 512 &&
-                  sizeof(RqLayerCache) == 64 && sizeof(RqSegment) == 56 && sizeof(RqForward) == 120 &&
-                  sizeof(RqMtp) == 96,
+                  sizeof(RqLayerCache) == 64 && sizeof(RqSegment) == 56 && sizeof(RqForward) == 112 &&
+                  sizeof(RqMtp) == 112,
               "src/rorqual/kernels/cpu.py mirrors these structures");
 static_assert(sizeof(RqStepModel) == 168 && sizeof(RqStepLayer) == 288 && sizeof(RqLayerState) == 80 && sizeof(RqStep) == 88,
               "src/rorqual/kernels/cpu.py mirrors these structures");
 
 namespace {
-
-struct Job {
-  void (*run)(void *arg, int64_t task, int32_t slot);
-  void *arg;
-  int64_t next, tasks;
-};
-
-struct Pool {
-  pthread_mutex_t lock;
-  pthread_cond_t wake, idle;
-  Job *job;      // null: nothing to join
-  int64_t turn;  // number of the job
-  int32_t threads, limit, active, stop;
-  pthread_t *ids;
-};
-
-struct Worker {
-  Pool *pool;
-  int32_t slot;
-};
-
-void work(Job *job, int32_t slot) {
-  for (;;) {
-    const int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-    if (task >= job->tasks) return;
-    job->run(job->arg, task, slot);
-  }
-}
-
-void *serve(void *arg) {
-  Worker self = *(Worker *)arg;
-  free(arg);
-  Pool *pool = self.pool;
-  int64_t seen = 0;
-  pthread_mutex_lock(&pool->lock);
-  for (;;) {
-    while (!pool->stop && (!pool->job || pool->turn == seen || self.slot >= pool->limit))
-      pthread_cond_wait(&pool->wake, &pool->lock);
-    if (pool->stop) break;
-    Job *job = pool->job;
-    seen = pool->turn;
-    pool->active++;
-    pthread_mutex_unlock(&pool->lock);
-    work(job, self.slot);
-    pthread_mutex_lock(&pool->lock);
-    if (!--pool->active) pthread_cond_signal(&pool->idle);
-  }
-  pthread_mutex_unlock(&pool->lock);
-  return nullptr;
-}
-
-// Runs the tasks on the calling thread (slot 0) and up to limit - 1 of the pool's.
-void spread(Pool *pool, Job *job, int32_t limit) {
-  if (pool && limit > 1 && job->tasks > 1) {
-    pthread_mutex_lock(&pool->lock);
-    pool->job = job;
-    pool->turn++;
-    pool->limit = limit;
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
-    work(job, 0);
-    pthread_mutex_lock(&pool->lock);
-    pool->job = nullptr;  // a thread that wakes up only now finds nothing
-    while (pool->active) pthread_cond_wait(&pool->idle, &pool->lock);
-    pthread_mutex_unlock(&pool->lock);
-  } else {
-    work(job, 0);
-  }
-}
 
 const RqKernels *kernels(int32_t level) {
   switch (level) {
@@ -98,6 +29,17 @@ const RqKernels *kernels(int32_t level) {
   }
 }
 
+const RqForwardKernels *forward_kernels(int32_t level) {
+  switch (level) {
+#if defined(__x86_64__)
+    case 1: return &rq_forward_avx2;
+    case 2: return &rq_forward_avx512;
+    case 3: return &rq_forward_avx512_bf16;
+#endif
+    default: return &rq_forward_portable;
+  }
+}
+
 struct Plan {
   const RqStep *step;
   const RqKernels *kernels;
@@ -106,7 +48,7 @@ struct Plan {
   char *slots;
 };
 
-void run_block(void *arg, int64_t task, int32_t slot) {
+void run_block(void *arg, int32_t task, int32_t slot) {
   const Plan *plan = (const Plan *)arg;
   const int64_t first = task * plan->block, left = plan->count - first;
   plan->kernels->block(plan->step, plan->rows + first, left < plan->block ? left : plan->block,
@@ -121,6 +63,21 @@ int64_t block_rows(int64_t rows, int32_t threads) {
 }
 
 int64_t align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// rq_check(), and whether the scratch is large enough.
+int64_t check_call(const RqForward *call, const RqMtp *mtp) {
+  if (!rq_level_runs(call->level)) return -1 - call->segment_count;
+  const int64_t wrong = rq_check(call, mtp);
+  if (wrong) return wrong;
+  int64_t tokens = 0, positions = 0;
+  for (int64_t i = 0; i < call->segment_count; i++) {
+    const int64_t end = call->segments[i].position + call->segments[i].count;
+    tokens += call->segments[i].count;
+    positions = end > positions ? end : positions;
+  }
+  const bool fits = call->scratch_bytes >= forward_kernels(call->level)->scratch(call, tokens, positions);
+  return fits ? 0 : -1 - call->segment_count;
+}
 
 int32_t wrong(const RqStep *step, int64_t row) {
   const RqStepModel *model = step->model;
@@ -199,46 +156,27 @@ int64_t rq_step(const RqStep *step, void *pool) {
   Plan plan{step, kernels(step->level), rows, count, block,
             rq_slot_bytes(step->model, step->max_entries, block),
             (char *)step->scratch + align(step->batch * 8)};
-  Job job{run_block, &plan, 0, (count + block - 1) / block};
-  spread((Pool *)pool, &job, step->threads);
+  team_run((Team *)pool, step->threads, run_block, &plan, (int32_t)((count + block - 1) / block));
   return 0;
 }
 
-void *rq_pool_create(int32_t threads) {
-  Pool *pool = (Pool *)calloc(1, sizeof(Pool));
-  if (!pool) return nullptr;
-  pool->ids = (pthread_t *)calloc((size_t)(threads > 1 ? threads : 1), sizeof(pthread_t));
-  pthread_mutex_init(&pool->lock, nullptr);
-  pthread_cond_init(&pool->wake, nullptr);
-  pthread_cond_init(&pool->idle, nullptr);
-  for (int32_t slot = 1; pool->ids && slot < threads; slot++) {
-    Worker *worker = (Worker *)malloc(sizeof(Worker));
-    if (!worker) break;
-    *worker = Worker{pool, slot};
-    if (pthread_create(&pool->ids[pool->threads], nullptr, serve, worker)) {
-      free(worker);
-      break;
-    }
-    pool->threads++;
-  }
-  if (pool->ids && pool->threads == threads - 1) return pool;
-  rq_pool_destroy(pool);
-  return nullptr;
+int64_t rq_forward_scratch(const RqForward *call, int64_t tokens, int64_t positions) {
+  if (!rq_check_model(call) || !rq_level_runs(call->level)) return -1;
+  return forward_kernels(call->level)->scratch(call, tokens, positions);
 }
 
-void rq_pool_destroy(void *handle) {
-  Pool *pool = (Pool *)handle;
-  if (!pool) return;
-  pthread_mutex_lock(&pool->lock);
-  pool->stop = 1;
-  pthread_cond_broadcast(&pool->wake);
-  pthread_mutex_unlock(&pool->lock);
-  for (int32_t i = 0; i < pool->threads; i++) pthread_join(pool->ids[i], nullptr);
-  pthread_cond_destroy(&pool->wake);
-  pthread_cond_destroy(&pool->idle);
-  pthread_mutex_destroy(&pool->lock);
-  free(pool->ids);
-  free(pool);
+int64_t rq_forward(const RqForward *call, void *pool) {
+  const int64_t wrong = check_call(call, nullptr);
+  return wrong ? wrong : forward_kernels(call->level)->forward(call, (Team *)pool);
 }
+
+int64_t rq_mtp(const RqForward *call, const RqMtp *mtp, const float *streams, void *pool) {
+  const int64_t wrong = mtp && streams ? check_call(call, mtp) : -1 - call->segment_count;
+  return wrong ? wrong : forward_kernels(call->level)->mtp(call, mtp, streams, (Team *)pool);
+}
+
+void *rq_pool_create(int32_t threads) { return team_create(threads); }
+
+void rq_pool_destroy(void *pool) { team_destroy((Team *)pool); }
 
 }  // extern "C"

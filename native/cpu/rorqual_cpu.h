@@ -8,7 +8,7 @@
 #pragma once
 #include <stdint.h>
 
-#define RQ_ABI 2
+#define RQ_ABI 3
 #define RQ_API __attribute__((visibility("default")))
 
 enum { RQ_F32 = 0, RQ_BF16 = 1, RQ_FP8 = 2, RQ_FP4 = 3 };  // types of a matrix
@@ -83,8 +83,7 @@ typedef struct {          // one sequence's part of a call
 } RqSegment;
 
 // Gives out[i][0..2] = w1, w3, w2 of expert ids[i] (ascending, distinct), valid until the next call of it. Called by one
-// thread, once per layer and block of tokens, oftener where more than RqForward.expert_slots experts are wanted.
-// Not 0 (it must be above 0): the call stops and returns it.
+// thread, once per layer and block of tokens. Not 0 (it must be above 0): the call stops and returns it.
 typedef int32_t (*RqResolve)(void *context, int32_t layer, const int32_t *ids, int32_t count, RqMatrix *out);
 
 typedef struct {
@@ -103,12 +102,12 @@ typedef struct {
   int32_t cache_format;
   int32_t block_tokens;  // most tokens that go through the layers together; touches no result
   int32_t threads;
-  int32_t level;         // one of rq_level_name()
-  int32_t expert_slots;  // most ids in one call of resolve; 0: any number
-  int32_t reserved;
+  int32_t level;  // one of rq_level_name()
 } RqForward;
 
 typedef struct {  // the MTP head (spec/model.md 6.1): a block of ratio 0 with the projections in front of it
+  const RqLayer *layer;
+  const RqLayerCache *cache;
   const float *enorm, *hnorm;
   RqMatrix e_proj, h_proj;  // [hidden][hidden]
   RqSite mix;
@@ -180,8 +179,8 @@ RQ_API int64_t rq_forward_scratch(const RqForward *call, int64_t tokens, int64_t
 // 0; -1 - segment when that segment's input is out of range (then nothing has changed); above 0: what resolve returned
 // (then the rows of this call's positions mean nothing, and the caller rewinds to where the segments began).
 RQ_API int64_t rq_forward(const RqForward *call, void *pool);
-// The MTP head over the same kind of call: call->layers and caches hold the one block (model->layers is not read), tokens
-// are the following tokens, streams [tokens][streams][hidden] the residual streams of the positions, in segment order.
+// The MTP head at the positions of a call: its tokens are those that follow them, streams [tokens][streams][hidden] their
+// residual streams, in segment order. call->layers and caches are the model's, resolve's layer is model->layers.
 RQ_API int64_t rq_mtp(const RqForward *call, const RqMtp *mtp, const float *streams, void *pool);
 RQ_API int64_t rq_scratch_bytes(const RqStepModel *model, int64_t max_entries, int64_t batch, int32_t threads);
 // 0, or -1 - row when that row's token, count or hash table entry is out of range: then nothing has changed.

@@ -173,7 +173,7 @@ inline void dots_rows(const float *const *w, const float *const *x, int64_t rows
 }
 
 // out[r][o] = weight[o] . x[r]; a weight row is read once for all rows.
-void linear(const float *weight, int64_t outputs, int k, const float *const *x, int64_t rows, float *const *out) {
+inline void linear(const float *weight, int64_t outputs, int k, const float *const *x, int64_t rows, float *const *out) {
   int64_t o = 0;
   if (rows == 1)  // eight chains at once: with four, the additions' latency shows
     for (; o + 8 <= outputs; o += 8) {
@@ -190,7 +190,7 @@ void linear(const float *weight, int64_t outputs, int k, const float *const *x, 
 }
 
 // The same for weight rows that lie anywhere (keys of an attention).
-void linear_rows(const float *const *weight, int64_t outputs, int k, const float *const *x, int64_t rows,
+inline void linear_rows(const float *const *weight, int64_t outputs, int k, const float *const *x, int64_t rows,
                  float *const *out) {
   for (int64_t o = 0; o < outputs; o += 4) {
     int valid = outputs - o < 4 ? (int)(outputs - o) : 4;

@@ -42,7 +42,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).parent / "_bin" / "librorqual_cpu.so"
-ABI = 2
+ABI = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class CpuStatus:
 
     available: bool
     level: str | None
-    """The instruction level that runs: `portable`, `avx2` or `avx512`; None when unavailable."""
+    """The instruction level that runs: `portable`, `avx2`, `avx512` or `avx512_bf16`; None when unavailable."""
     levels: tuple[str, ...]
     """All levels this CPU can run, ascending."""
     reason: str
@@ -153,7 +153,6 @@ class Forward(ctypes.Structure):
         ("scratch_bytes", c_int64),
         *(("resolve", RESOLVE), ("context", c_void_p)),
         *((name, c_int32) for name in ("cache_format", "block_tokens", "threads", "level")),
-        *((name, c_int32) for name in ("expert_slots", "reserved")),
     )
 
 
@@ -161,7 +160,7 @@ class MtpPointers(ctypes.Structure):
     """RqMtp."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("enorm", "hnorm")),
+        *((name, c_void_p) for name in ("layer", "cache", "enorm", "hnorm")),
         *((name, MatrixPointers) for name in ("e_proj", "h_proj")),
         ("mix", SitePointers),
         ("norm", c_void_p),
@@ -224,10 +223,10 @@ class Step(ctypes.Structure):
 
 
 class NativeLibrary:
-    """The loaded library: `levels` it can run here, ascending, and its two entry points."""
+    """The loaded library: `levels` it can run here, ascending, and its entry points."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError when `path` cannot be loaded or is of another ABI."""
+        """Raises OSError when `path` cannot be loaded or is of another ABI, and for a RORQUAL_CPU_LEVEL it lacks."""
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is missing: no C++ compiler was there when the package was built. "
@@ -248,12 +247,41 @@ class NativeLibrary:
         library.rq_scratch_bytes.restype = c_int64
         library.rq_step.argtypes = [ctypes.POINTER(Step), c_void_p]
         library.rq_step.restype = c_int64
+        library.rq_forward_scratch.argtypes = [ctypes.POINTER(Forward), c_int64, c_int64]
+        library.rq_forward_scratch.restype = c_int64
+        library.rq_forward.argtypes = [ctypes.POINTER(Forward), c_void_p]
+        library.rq_forward.restype = c_int64
+        library.rq_mtp.argtypes = [ctypes.POINTER(Forward), ctypes.POINTER(MtpPointers), c_void_p, c_void_p]
+        library.rq_mtp.restype = c_int64
         self._library = library
-        self.levels = {
+        self.levels: dict[str, int] = {
             library.rq_level_name(level).decode(): level
             for level in range(library.rq_level_count())
             if library.rq_level_runs(level)
         }
+        forced = os.environ.get("RORQUAL_CPU_LEVEL")
+        if forced and forced not in self.levels:
+            raise OSError(f"RORQUAL_CPU_LEVEL={forced}: this CPU runs {', '.join(self.levels)}")
+        self.level: str = forced or next(reversed(self.levels))
+        """The level that runs where the caller names none."""
+
+    def forward_scratch(self, call: Forward, *, tokens: int, positions: int) -> int:
+        """Bytes of working memory for a call of `tokens` tokens, all at positions below `positions`.
+
+        Raises ValueError for a model whose numbers do not fit together, or a level that does not run here.
+        """
+        need = int(self._library.rq_forward_scratch(call, tokens, positions))
+        if need < 0:
+            raise ValueError("the native forward refuses these model dimensions (native/cpu/check.cpp)")
+        return need
+
+    def forward(self, call: Forward, pool: Pool | None) -> int:
+        """Runs one call; 0, -1 - segment for one out of range (then nothing has changed), or what resolve gave."""
+        return int(self._library.rq_forward(call, None if pool is None else pool.handle))
+
+    def mtp(self, call: Forward, mtp: MtpPointers, *, streams: int, pool: Pool | None) -> int:
+        """As `forward`, through the MTP head; `streams` is the address of fp32 [tokens, streams, hidden]."""
+        return int(self._library.rq_mtp(call, mtp, streams, None if pool is None else pool.handle))
 
     def scratch_bytes(self, model: StepModelPointers, *, entries: int, batch: int, threads: int) -> int:
         """Bytes of working memory that a step needs."""
@@ -306,4 +334,4 @@ def cpu_status(path: Path = LIBRARY) -> CpuStatus:
     if isinstance(loaded, OSError):
         return CpuStatus(False, None, (), f"torch path: {loaded}")
     levels = tuple(loaded.levels)
-    return CpuStatus(True, levels[-1], levels, f"native CPU kernels, {levels[-1]}")
+    return CpuStatus(True, loaded.level, levels, f"native CPU kernels, {loaded.level}")

@@ -198,7 +198,7 @@ class NativeStep:
         step.batch, step.logits = batch, logits.data_ptr()
         step.scratch, step.max_entries = plan.scratch_at(need), plan.max_entries
         step.threads = threads
-        step.level = max(library.levels.values()) if self.level is None else library.levels[self.level]
+        step.level = library.levels[self.level or library.level]
         failed = library.step(step, self._pool)
         if failed:
             raise _input_error(model, tokens, -1 - failed)
