@@ -102,7 +102,7 @@ def test_what_a_call_gave_stays_until_the_next(directory: Path, slot: int, resid
 def test_prefetched_experts_of_hash_layers_are_hits(directory: Path, slot: int) -> None:
     with PackedWeights(directory, expert_bytes=8 * slot) as weights:
         table = weights.table("layers.0.ffn.gate.tid2eid")
-        weights.prefetch([5])
+        weights.prefetch([5, -1, 96, 1 << 40])
         weights.load_experts(0, table[5].tolist())
         stats = weights.expert_stats()
         assert stats is not None and stats.misses == 0

@@ -159,7 +159,8 @@ class PackedWeights:
         """See `Weights.prefetch`."""
         if self._experts is None:
             return
-        ids = torch.as_tensor(token_ids, dtype=torch.int64)
+        vocab = self._config.vocab_size
+        ids = torch.tensor([token for token in token_ids if 0 <= token < vocab], dtype=torch.int64)
         for layer in range(self._config.num_hash_layers):
             experts = self.table(f"layers.{layer}.ffn.gate.tid2eid")[ids].flatten().tolist()
             self._experts.prefetch([(layer, expert) for expert in dict.fromkeys(experts)])
