@@ -5,26 +5,25 @@ For the shapes a random model cannot produce: calls, reasoning, a clean end.
 
 from collections.abc import Callable
 
-from rorqual.engine import BatchEvent, Engine
-from rorqual.serve.rows import Rows
+from rorqual.engine import Batch, BatchEvent, Engine
 
 Script = Callable[[list[int]], list[int] | None]
 """Ids of the answer to a prompt; None: the model's own."""
 
 
-def scripted_rows(script: Script) -> Callable[[Engine], Rows]:
+def scripted_rows(script: Script) -> Callable[[Engine], Batch]:
     return lambda engine: ScriptedRows(engine, script)
 
 
-class ScriptedRows(Rows):
+class ScriptedRows(Batch):
     def __init__(self, engine: Engine, script: Script) -> None:
-        super().__init__(engine)
+        super().__init__(engine, prefixes=False)
         self.script = script
         self.prompts: list[list[int]] = []
         self._lines: dict[int, list[int]] = {}
 
-    def adopt(self, key, sequence, *, next_id, params):
-        super().adopt(key, sequence, next_id=next_id, params=params)
+    def adopt(self, key, sequence, *, next_id, params, **options):
+        super().adopt(key, sequence, next_id=next_id, params=params, **options)
         prompt = [*sequence.token_ids, next_id]
         self.prompts.append(prompt)
         line = self.script(prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rorqual.serve.app import Service, create_app
+from rorqual.serve.app import create_app
 from rorqual.serve.config import ServeConfig, key_digest
 from rorqual.serve.errors import (
     BadRequest,
@@ -16,6 +16,7 @@ from rorqual.serve.errors import (
     Unauthorized,
 )
 from rorqual.serve.server import Server, open_socket
+from rorqual.serve.service import Service
 
 __all__ = [
     "BadRequest",

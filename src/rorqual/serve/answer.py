@@ -24,6 +24,8 @@ class StopStrings:
         self._stops = [stop for stop in stops if stop]
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
+        self.met: str | None = None
+        """The stop string that was met."""
 
     def push(self, text: str) -> tuple[str, bool]:
         """(text that may go out, whether a stop string was met: then nothing follows)."""
@@ -33,7 +35,9 @@ class StopStrings:
         # The one that is complete first counts, as if the text came character by character.
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            return text[: min(found)[1]], True
+            end, at = min(found)
+            self.met = text[at:end]
+            return text[:at], True
         for size in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stops):
                 self._held = text[-size:]
@@ -164,6 +168,16 @@ class ChatAnswer:
         if text:
             self._content.append(text)
             out.append(chat.Event("content", text))
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that cut it."""
+        return self._stops.met
+
+    @property
+    def finish_reason(self) -> str:
+        """stop, tool_calls or length."""
+        return self.message.finish_reason or "stop"
 
     @property
     def message(self) -> chat.Message:

@@ -39,6 +39,13 @@ class ServeConfig:
     """`key_digest` of each accepted API key; empty: no key is asked for."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call, compared exactly."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that the Host header may have, without the port, compared exactly; empty: any. It stops pages of other
+    sites that rebind their name to this address."""
+    strict_reasoning: bool = False
+    """Answer 400 as DeepSeek's API does when a tool conversation comes back without its reasoning."""
+    response_bytes: int = 64 << 20
+    """Stored answers of /v1/responses, for `previous_response_id`. 0: none."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -48,6 +55,7 @@ class ServeConfig:
             ("cache_bytes", 0),
             ("replay_bytes", 0),
             ("drain_seconds", 0),
+            ("response_bytes", 0),
             ("max_body_bytes", 1),
         ):
             if getattr(self, name) < least:
@@ -57,3 +65,8 @@ class ServeConfig:
         for origin in self.cors_origins:
             if "*" in origin or not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise ValueError(f"cors_origins: {origin!r} is no origin: write it like https://example.org")
+        for host in self.allowed_hosts:
+            if not host or any(mark in host for mark in "/*@ ") or (":" in host and not host.startswith("[")):
+                raise ValueError(
+                    f"allowed_hosts: {host!r} is no host name: write it like example.org or [::1]"
+                )

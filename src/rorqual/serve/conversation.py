@@ -1,31 +1,43 @@
-"""Conversation: an OpenAI request as the prompt's token ids, and the parser's settings for the answer.
+"""Conversation: what every protocol's request becomes, and the prompt's token ids made of it.
 
-Owns the mapping of spec/encoding.md 5.1 (developer means system, a later system message becomes text of the user
-turn, four spellings of reasoning) and the replay of sampled ids (5.3). Renders through `rorqual.chat`, so text never
-becomes a special token. Never samples.
+The protocols' adapters (openai_chat.py, anthropic.py, responses.py) build a `Conversation`; nothing behind it knows
+which one it was. Owns lost reasoning (found in the replay store, or a 400 in strict mode; spec/encoding.md 5.3) and
+the replay of sampled ids. Renders through `rorqual.chat`, so text never becomes a special token. Never samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rorqual import chat
 from rorqual.serve.errors import BadRequest
 from rorqual.serve.replay import Record, ReplayStore, canonical_calls, prompt_digest
-from rorqual.serve.schemas import (
-    AssistantMessage,
-    Content,
-    ConversationRequest,
-    SystemMessage,
-    ToolMessage,
-    UserMessage,
-)
 
-__all__ = ["Prompt", "build_prompt"]
+__all__ = ["Conversation", "Prompt", "ToolChoice", "build_prompt", "effort_level"]
 
-USER, THINK, THINK_END = "<｜User｜>", "<think>", "</think>"
+USER, THINK, THINK_END, MARK = "<｜User｜>", "<think>", "</think>", "｜DSML｜"
+CALL_OPENING = 'invoke name="'
+
+ToolChoice = Literal["auto", "none", "required"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversation:
+    """A request for an answer, whatever protocol it came in."""
+
+    messages: list[dict[str, Any]]
+    """OpenAI-shaped, as `rorqual.chat.render` takes them. `reasoning_content` is None where the client sent none."""
+    places: list[str]
+    """Where each message stands in the request, for errors: `messages.3`."""
+    tools: list[dict[str, Any]]
+    tool_choice: ToolChoice = "auto"
+    forced_tool: str | None = None
+    """With `required`: the tool to call; None: any."""
+    thinking: bool = True
+    effort: str | None = None
+    """Level of the format: None, high, max."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,28 +55,45 @@ class Prompt:
     """Earlier answers given back as sampled."""
     reasoning_lost: int
     """Earlier answers with calls whose reasoning neither the client nor the replay store had."""
+    forced: list[int]
+    """Ids that must follow the reasoning: the beginning of a call. Empty: the model is free."""
+
+
+def effort_level(effort: str | None) -> str | None:
+    """The hosted API's mapping (spec/agent_and_serving.md 1.1); `low` has no text in this revision of the format."""
+    return {None: None, "none": None, "max": "max"}.get(effort, "high")
 
 
 def build_prompt(
-    request: ConversationRequest, tokenizer: chat.Tokenizer, *, replay: ReplayStore, tenant: str
+    conversation: Conversation,
+    tokenizer: chat.Tokenizer,
+    *,
+    replay: ReplayStore,
+    tenant: str,
+    strict_reasoning: bool = False,
 ) -> Prompt:
-    """The prompt of a request. Raises BadRequest naming the message and field."""
-    thinking, effort = _mode(request)
-    offered = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
-    _refuse_doubles(offered)
-    messages, lost = _messages(request, replay, tenant, thinking=thinking)
-    silent = request.tool_choice == "none"
+    """The prompt of a conversation. Raises BadRequest naming the message and field.
+
+    strict_reasoning: missing reasoning is refused as DeepSeek's API does, even if it is known here.
+    """
+    offered, thinking = conversation.tools, conversation.thinking
+    _check_tools(conversation)
+    if strict_reasoning and thinking:
+        _refuse_lost_reasoning(conversation)
+    messages, lost = _with_reasoning(conversation, replay, tenant)
+    silent = conversation.tool_choice == "none"
     tools = [] if silent else offered
     try:
         segments = chat.render_segments(
             messages,
             tools=tools or None,
             thinking_mode="thinking" if thinking else "chat",
-            reasoning_effort=effort if thinking else None,
+            reasoning_effort=conversation.effort if thinking else None,
             drop_thinking=not (silent and offered),
         )
     except chat.RenderError as error:
-        at = None if error.message_index is None else f"messages.{error.message_index}"
+        index = error.message_index
+        at = conversation.places[index] if index is not None and index < len(messages) else None
         raise BadRequest(str(error), param=f"{at}.{error.field}" if at and error.field else at) from None
     last = segments[-1] if segments else None
     if last is None or not last.special or last.text not in (THINK, THINK_END):
@@ -73,6 +102,7 @@ def build_prompt(
         )
     ids, replayed = _ids(segments, messages, tokenizer, replay, tenant)
     user = tokenizer.token_id(USER)
+    forced = conversation.tool_choice == "required"
     return Prompt(
         ids=ids,
         thinking=last.text == THINK,
@@ -80,86 +110,67 @@ def build_prompt(
         head=ids.index(user) if user in ids else 0,
         replayed=replayed,
         reasoning_lost=lost,
+        forced=_call_opening(tokenizer, conversation.forced_tool) if forced else [],
     )
 
 
-def _mode(request: ConversationRequest) -> tuple[bool, str | None]:
-    """Whether to think, and the effort level of the format."""
-    effort = request.reasoning_effort
-    options = request.chat_template_kwargs
-    wishes = {
-        "thinking": None if request.thinking is None else request.thinking.type == "enabled",
-        "chat_template_kwargs.thinking": options.thinking if options else None,
-        "chat_template_kwargs.enable_thinking": options.enable_thinking if options else None,
-        "reasoning_effort": None if effort is None else effort != "none",
-    }
-    said = {name: wish for name, wish in wishes.items() if wish is not None}
-    if len(set(said.values())) > 1:
-        raise BadRequest(f"{' and '.join(said)} contradict each other", param=next(iter(said)))
-    thinking = next(iter(said.values()), True)
-    # The hosted API's mapping (spec/agent_and_serving.md 1.1); `low` has no text in this revision of the format.
-    level = {None: None, "none": None, "max": "max"}.get(effort, "high")
-    return thinking, level
-
-
-def _refuse_doubles(tools: Sequence[Mapping[str, Any]]) -> None:
-    seen: set[str] = set()
-    for number, tool in enumerate(tools):
+def _check_tools(conversation: Conversation) -> None:
+    names: set[str] = set()
+    for number, tool in enumerate(conversation.tools):
         name = tool["function"]["name"]
-        if name in seen:
+        if name in names:
             raise BadRequest(f"tools offer the name {name!r} twice", param=f"tools.{number}.function.name")
-        seen.add(name)
+        names.add(name)
+    if conversation.tool_choice == "required" and not names:
+        raise BadRequest("tool_choice demands a call, but no tools are offered", param="tool_choice")
+    if conversation.forced_tool is not None and conversation.forced_tool not in names:
+        raise BadRequest(
+            f"tool_choice names {conversation.forced_tool!r}, which tools do not offer", param="tool_choice"
+        )
 
 
-def _messages(
-    request: ConversationRequest, replay: ReplayStore, tenant: str, *, thinking: bool
+def _refuse_lost_reasoning(conversation: Conversation) -> None:
+    """Between two user messages with a call, every answer must carry its reasoning; the empty text counts."""
+    stretch: list[int] = []
+    called = False
+    for index, message in enumerate([*conversation.messages, {"role": "user"}]):
+        if message["role"] == "assistant":
+            called = called or bool(message["tool_calls"])
+            if message["reasoning_content"] is None:
+                stretch.append(index)
+        elif message["role"] == "user":
+            if called and stretch:
+                raise BadRequest(
+                    "The `reasoning_content` in the thinking mode must be passed back to the API.",
+                    param=f"{conversation.places[stretch[0]]}.reasoning_content",
+                    code="invalid_request_error",
+                )
+            stretch, called = [], False
+
+
+def _with_reasoning(
+    conversation: Conversation, replay: ReplayStore, tenant: str
 ) -> tuple[list[dict[str, Any]], int]:
-    """The messages as `chat` takes them, one for one, and how many lost their reasoning."""
+    """The messages with the reasoning that is known of them, and how many lost theirs."""
     out: list[dict[str, Any]] = []
-    lost, opening = 0, True
-    for index, message in enumerate(request.messages):
-        if isinstance(message, SystemMessage):
-            # Later in a conversation the format gives a system turn no cue: it becomes text of the user turn.
-            out.append({"role": "system" if opening else "user", "content": _content(message.content)})
-            continue
-        opening = False
-        if isinstance(message, UserMessage):
-            out.append({"role": "user", "content": _content(message.content)})
-        elif isinstance(message, ToolMessage):
-            content = _content(message.content)
-            out.append({"role": "tool", "tool_call_id": message.tool_call_id, "content": content})
-        else:
-            said = _assistant(message, index)
-            if said["tool_calls"] and not said["reasoning_content"]:
-                record = replay.by_call(tenant, said["tool_calls"][0]["id"])
-                said["reasoning_content"] = record.reasoning if record else ""
-                lost += thinking and record is None
-            out.append(said)
+    lost = 0
+    for message in conversation.messages:
+        if message["role"] == "assistant":
+            message = {**message, "reasoning_content": message["reasoning_content"] or ""}
+            if message["tool_calls"] and not message["reasoning_content"]:
+                record = replay.by_name(tenant, message["tool_calls"][0]["id"])
+                message["reasoning_content"] = record.reasoning if record else ""
+                lost += conversation.thinking and record is None
+        out.append(message)
     return out, lost
 
 
-def _content(content: Content | None) -> Any:
-    return content if content is None or isinstance(content, str) else [part.model_dump() for part in content]
-
-
-def _assistant(message: AssistantMessage, index: int) -> dict[str, Any]:
-    details = "".join(str(part.get("text") or "") for part in message.reasoning_details or ())
-    blocks = "".join(str(part.get("thinking") or "") for part in message.thinking_blocks or ())
-    spellings = [text for text in (message.reasoning_content, message.reasoning, details, blocks) if text]
-    if len(set(spellings)) > 1:
-        raise BadRequest(
-            "reasoning_content, reasoning, reasoning_details and thinking_blocks differ: send one of them",
-            param=f"messages.{index}.reasoning_content",
-        )
-    return {
-        "role": "assistant",
-        "content": _content(message.content),
-        "reasoning_content": spellings[0] if spellings else "",
-        "tool_calls": [
-            call.model_dump(include={"id", "type", "function"}, exclude_none=True)
-            for call in message.tool_calls or ()
-        ],
-    }
+def _call_opening(tokenizer: chat.Tokenizer, name: str | None) -> list[int]:
+    """Ids of the beginning of a block of calls, up to the name or behind it (spec/encoding.md 5.1, tool_choice)."""
+    opening = 'invoke name="' + ("" if name is None else f'{name}">')
+    pieces = [("\n\n<", False), (MARK, True), ("tool_calls>\n<", False), (MARK, True), (opening, False)]
+    segments = [chat.Segment(text, special, turn=-1, generated=True) for text, special in pieces]
+    return tokenizer.encode_segments(segments)
 
 
 def _ids(
@@ -199,7 +210,7 @@ def _sampled(
     if isinstance(content, list):
         content = "\n\n".join(part["text"] for part in content)
     calls = canonical_calls(message["tool_calls"])
-    record = replay.by_call(tenant, message["tool_calls"][0]["id"]) if calls else None
+    record = replay.by_name(tenant, message["tool_calls"][0]["id"]) if calls else None
     if record is None:
         record = replay.by_prompt(tenant, prompt_digest(before), content=content or "", calls=calls)
     if record is None or record.thinking != thinking:

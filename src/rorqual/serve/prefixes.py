@@ -1,7 +1,7 @@
 """PrefixStore: sequences kept for whoever comes back with the same beginning.
 
-A V4 state cannot be cut back (its window rows are gone), so a kept state serves exactly the prompts that start
-with all of its tokens; the longest one wins. They are kept at the end of the shared head, at the end of input and at
+A kept state serves the prompts that start with all of its tokens, to the token and without a replay; the longest
+one wins. They are kept at the end of the shared head, at the end of input and at
 the end of output (spec/agent_and_serving.md 0.7). Least recently used states go first once `limit_bytes` is reached.
 Each holder of a key has a space of its own. Used by the worker thread alone.
 """
@@ -23,13 +23,8 @@ MIN_TOKENS = 8
 
 
 def state_bytes(sequence: SequenceState) -> int:
-    """Bytes the tensors of a sequence take, spare room included."""
-    tensors = [
-        part.rows if hasattr(part, "rows") else part.entries
-        for layer in sequence.state.layers
-        for part in layer.parts()
-    ]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 8 * sequence.length
+    """Bytes a sequence takes, pages it shares with others included."""
+    return sequence.usage().held_bytes + 8 * sequence.length
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ least recently used first out; each holder of a key has a space of its own. Thre
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -18,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Record", "ReplayStore", "canonical_calls", "prompt_digest"]
+__all__ = ["Record", "ReplayStore", "canonical_calls", "prompt_digest", "reasoning_signature"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,12 @@ def prompt_digest(ids: Iterable[int]) -> bytes:
     return hashlib.blake2b(array("q", ids).tobytes(), digest_size=16).digest()
 
 
+def reasoning_signature(reasoning: str) -> str:
+    """Name of a reasoning text: opaque to clients, who send it back with the text or instead of it."""
+    digest = hashlib.blake2b(reasoning.encode("utf-8", "surrogatepass"), digest_size=24).digest()
+    return "rq1." + base64.urlsafe_b64encode(digest).decode()
+
+
 def canonical_calls(calls: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
     """(name, arguments) with arguments compared as JSON, not as text."""
     out = []
@@ -73,30 +80,31 @@ class ReplayStore:
         self.held_bytes = 0
         self._lock = threading.Lock()
         self._records: OrderedDict[bytes, tuple[Record, tuple[tuple[str, str], ...]]] = OrderedDict()
-        self._by_call: dict[tuple[str, str], bytes] = {}
+        self._by_name: dict[tuple[str, str], bytes] = {}
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def put(self, tenant: str, prompt: bytes, *, record: Record, call_ids: Sequence[str] = ()) -> None:
-        """Keeps a turn. prompt: `prompt_digest` of what it followed; call_ids: those given to its calls."""
+    def put(self, tenant: str, prompt: bytes, *, record: Record, names: Sequence[str] = ()) -> None:
+        """Keeps a turn. prompt: `prompt_digest` of what it followed. names: ids given to its calls, and whatever else
+        a client may send instead of the turn, such as the signature of its reasoning."""
         if record.size > self.limit_bytes:
             return
         key = _key(tenant, prompt, record.content, record.calls)
-        names = tuple((tenant, call_id) for call_id in call_ids)
+        keys = tuple((tenant, name) for name in names)
         with self._lock:
             if key in self._records:
                 self._drop(key)
-            self._records[key] = record, names
-            self._by_call.update(dict.fromkeys(names, key))
+            self._records[key] = record, keys
+            self._by_name.update(dict.fromkeys(keys, key))
             self.held_bytes += record.size
             while self.held_bytes > self.limit_bytes:
                 self._drop(next(iter(self._records)))
 
-    def by_call(self, tenant: str, call_id: str) -> Record | None:
-        """The turn that made a call."""
+    def by_name(self, tenant: str, name: str) -> Record | None:
+        """The turn that made a call, or whose reasoning has this signature."""
         with self._lock:
-            return self._use(self._by_call.get((tenant, call_id)))
+            return self._use(self._by_name.get((tenant, name)))
 
     def by_prompt(
         self, tenant: str, prompt: bytes, *, content: str, calls: tuple[tuple[str, str], ...]
@@ -115,8 +123,8 @@ class ReplayStore:
         record, names = self._records.pop(key)
         self.held_bytes -= record.size
         for name in names:
-            if self._by_call.get(name) == key:
-                del self._by_call[name]
+            if self._by_name.get(name) == key:
+                del self._by_name[name]
 
 
 def _key(tenant: str, prompt: bytes, content: str, calls: tuple[tuple[str, str], ...]) -> bytes:

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rorqual import chat
-from rorqual.engine import Engine, EngineError, SamplingParams, SequenceState
-from rorqual.engine.engine import predicted_bytes
+from rorqual.engine import Batch, Engine, EngineError, SamplingParams, SequenceState
 from rorqual.serve.answer import Answer
 from rorqual.serve.config import ServeConfig
 from rorqual.serve.errors import (
@@ -32,7 +31,6 @@ from rorqual.serve.errors import (
 )
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.prefixes import PrefixStore
-from rorqual.serve.rows import Rows
 
 __all__ = ["Job", "Listener", "Scheduler"]
 
@@ -87,15 +85,14 @@ class Scheduler:
         config: ServeConfig,
         metrics: Metrics,
         *,
-        make_rows: Callable[[Engine], Rows] = Rows,
+        make_rows: Callable[[Engine], Batch] | None = None,
     ) -> None:
         self.engine = engine
         self.config = config
         self.prefixes = PrefixStore(config.cache_bytes)
         self._metrics = metrics
-        self._make_rows = make_rows
-        self._rows = make_rows(engine)
-        self._element_size = engine.model.embed.weight.element_size()
+        self._make_rows = make_rows or _rows
+        self._rows = self._make_rows(engine)
         self._condition = threading.Condition()
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
         self._waiting = 0
@@ -159,7 +156,7 @@ class Scheduler:
         if bad is not None:
             raise BadRequest(f"token id {bad} is outside the vocabulary (0 to {vocab - 1})", param=param)
         allowed = max_tokens or room
-        need = predicted_bytes(self.engine.config, len(prompt) + allowed, self._element_size)
+        need = self.engine.predicted_bytes(len(prompt) + allowed)
         if need > min(self.config.kv_bytes, self.engine.kv_bytes):
             raise ContextTooLong(
                 f"{len(prompt)} prompt tokens and {allowed} for the answer need {need} bytes of cache, "
@@ -175,7 +172,7 @@ class Scheduler:
         with self._condition:
             self.check_room()
             tokens = len(job.prompt) + job.params.max_tokens
-            job.need_bytes = predicted_bytes(self.engine.config, tokens, self._element_size)
+            job.need_bytes = self.engine.predicted_bytes(tokens)
             job.submitted = time.monotonic()
             self._queues.setdefault(job.tenant, deque()).append(job)
             self._waiting += 1
@@ -271,9 +268,14 @@ class Scheduler:
             self._metrics.queue_time.observe(time.monotonic() - job.submitted)
             self._metrics.prompt_tokens.inc(len(job.prompt))
             self._metrics.prefix_queries.inc(len(job.prompt))
-            job.sequence = self.prefixes.longest(job.tenant, job.prompt)
-            if job.sequence is None:
-                job.sequence = SequenceState(self.engine)
+            try:
+                job.sequence = self.prefixes.longest(job.tenant, job.prompt)
+                if job.sequence is None:
+                    job.sequence = SequenceState(self.engine)
+            except EngineError as error:
+                self._leave(job)
+                self._fail(job, _failure(error))
+                continue
             job.cached_tokens = job.sequence.length
             self._metrics.prefix_hits.inc(job.cached_tokens)
             self._prefilling.append(job)
@@ -349,8 +351,7 @@ class Scheduler:
     def _release(self, job: Job) -> None:
         """Takes the job's row out and keeps its state: whoever continues the answer, or retries, goes on from it."""
         del self._decoding[job.key]
-        held = [*job.prompt[:-1], *[job.prompt[-1], *job.answer.ids][: len(job.answer.ids)]]
-        self.prefixes.put(job.tenant, self._rows.release(job.key, held))
+        self.prefixes.put(job.tenant, self._rows.release(job.key))
         self._leave(job)
 
     def _leave(self, job: Job) -> None:
@@ -377,6 +378,10 @@ class Scheduler:
         self._metrics.kv_usage.set(self._reserved / self.config.kv_bytes)
         self._metrics.kept_bytes.set(self.prefixes.held_bytes)
         self._metrics.kept_states.set(len(self.prefixes))
+
+
+def _rows(engine: Engine) -> Batch:
+    return Batch(engine, prefixes=False)  # this room keeps prefixes itself, apart for each holder of a key
 
 
 def _failure(error: Exception) -> ServeError:

@@ -20,8 +20,10 @@ __all__ = [
     "CompletionRequest",
     "ConversationRequest",
     "DetokenizeRequest",
+    "NamedToolChoice",
     "SamplingRequest",
     "StreamOptions",
+    "Strict",
     "SystemMessage",
     "TokenizeRequest",
     "ToolMessage",
@@ -32,11 +34,13 @@ __all__ = [
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Refuses unknown fields."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A part of a content; only text can be written in the format."""
 
     type: Literal["text"]
@@ -46,21 +50,21 @@ class TextPart(_Strict):
 Content = str | list[TextPart]
 
 
-class SystemMessage(_Strict):
+class SystemMessage(Strict):
     """`developer` is OpenAI's newer name of the same."""
 
     role: Literal["system", "developer"]
     content: Content
 
 
-class UserMessage(_Strict):
+class UserMessage(Strict):
     """What the user says."""
 
     role: Literal["user"]
     content: Content
 
 
-class CallFunction(_Strict):
+class CallFunction(Strict):
     """What is called."""
 
     name: str = Field(min_length=1, max_length=512)
@@ -69,7 +73,7 @@ class CallFunction(_Strict):
     """The openai package's own, which `model_dump` writes."""
 
 
-class Call(_Strict):
+class Call(Strict):
     """A call of the history."""
 
     id: str = Field(min_length=1, max_length=512)
@@ -78,7 +82,7 @@ class Call(_Strict):
     index: int | None = None
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(Strict):
     """An earlier answer. Reasoning is read from whichever of its four spellings holds it."""
 
     role: Literal["assistant"]
@@ -95,7 +99,7 @@ class AssistantMessage(_Strict):
     annotations: EmptyList | None = None
 
 
-class ToolMessage(_Strict):
+class ToolMessage(Strict):
     """The result of a call."""
 
     role: Literal["tool"]
@@ -110,7 +114,7 @@ ChatMessage = Annotated[
 ]
 
 
-class Function(_Strict):
+class Function(Strict):
     """A function the model may call."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_./:-]{1,128}$")
@@ -119,46 +123,62 @@ class Function(_Strict):
     strict: Literal[False] | None = None
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A tool."""
 
     type: Literal["function"] = "function"
     function: Function
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Of a stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
 
 
-class Thinking(_Strict):
+class Thinking(Strict):
     """DeepSeek's switch."""
 
     type: Literal["enabled", "disabled"]
 
 
-class TemplateOptions(_Strict):
+class TemplateOptions(Strict):
     """The same switch as vLLM's and SGLang's clients spell it."""
 
     thinking: bool | None = None
     enable_thinking: bool | None = None
 
 
-class ConversationRequest(_Strict):
+class NamedFunction(Strict):
+    """A function by its name."""
+
+    name: str = Field(min_length=1, max_length=128)
+
+
+class NamedToolChoice(Strict):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoiceField = Literal["auto", "none", "required"] | NamedToolChoice
+
+
+class ConversationRequest(Strict):
     """What a prompt is made of."""
 
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1)
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: ToolChoiceField | None = None
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Literal["none", "medium", "high", "xhigh", "max"] | None = None
 
 
-class SamplingRequest(_Strict):
+class SamplingRequest(Strict):
     """How to sample, and how to answer."""
 
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -205,7 +225,7 @@ class CompletionRequest(SamplingRequest):
     suffix: str | None = None
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Strict):
     """`POST /tokenize`: a text, or a conversation as in `/v1/chat/completions`."""
 
     model: str | None = None
@@ -214,13 +234,13 @@ class TokenizeRequest(_Strict):
     """Whether a text gets its BOS."""
     messages: list[ChatMessage] | None = Field(default=None, min_length=1)
     tools: list[Tool] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: ToolChoiceField | None = None
     thinking: Thinking | None = None
     chat_template_kwargs: TemplateOptions | None = None
     reasoning_effort: Literal["none", "medium", "high", "xhigh", "max"] | None = None
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(Strict):
     """`POST /detokenize`."""
 
     model: str | None = None

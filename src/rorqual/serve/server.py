@@ -14,8 +14,9 @@ from types import FrameType
 
 import uvicorn
 
-from rorqual.serve.app import Service, create_app
+from rorqual.serve.app import create_app
 from rorqual.serve.errors import ShuttingDown
+from rorqual.serve.service import Service
 
 __all__ = ["Server", "open_socket"]
 

@@ -7,7 +7,7 @@ which cancels the job. Never looks into an event.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -16,8 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rorqual import chat
 from rorqual.serve.errors import ServeError
-from rorqual.serve.scheduler import Job
-from rorqual.serve.wire import json_bytes, sse
+from rorqual.serve.wire import KEEP_ALIVE, Counts, Writer, json_bytes
 
 __all__ = ["ApiResponse", "ClientGone", "EventStream", "Mailbox", "wait_or_gone"]
 
@@ -89,25 +88,25 @@ async def wait_or_gone(request: Request, mailbox: Mailbox) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events of a job. A failure after the head goes out as an `error` event; then the stream ends."""
+    """Server-sent events of a job. A failure after the head goes out as the writer has it; then the stream ends."""
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
-        job: Job,
         mailbox: Mailbox,
+        writer: Writer,
         *,
-        opening: Callable[[], Sequence[Any]],
-        chunks: Callable[[Sequence[chat.Event]], Sequence[Any]],
-        closing: Callable[[], Sequence[Any]],
+        answer: Any,
+        counts: Callable[[], Counts],
         keep_alive_seconds: float,
-        cancel: Callable[[Job], None],
+        cancel: Callable[[], None],
     ) -> None:
+        """answer: what `writer.closing` is given; counts: as they are now."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._job, self._mailbox = job, mailbox
-        self._opening, self._chunks, self._closing = opening, chunks, closing
+        self._mailbox, self._writer = mailbox, writer
+        self._answer, self._counts = answer, counts
         self._keep_alive_seconds = keep_alive_seconds
         self._cancel = cancel
 
@@ -120,7 +119,7 @@ class EventStream(Response):
             if said.done():
                 await said
         finally:
-            self._cancel(self._job)
+            self._cancel()
             await _end(said, gone)
 
     async def _say(self, send: Send) -> None:
@@ -129,7 +128,7 @@ class EventStream(Response):
             async for body in self._bodies():
                 await send({"type": "http.response.body", "body": body, "more_body": True})
         except ServeError as error:
-            await send({"type": "http.response.body", "body": sse(error.envelope()), "more_body": True})
+            await send({"type": "http.response.body", "body": self._failure(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _bodies(self) -> AsyncIterator[bytes]:
@@ -140,20 +139,26 @@ class EventStream(Response):
             while True:
                 done, _ = await asyncio.wait({pending}, timeout=self._keep_alive_seconds)
                 if not done:
-                    yield b": keep-alive\n\n"
+                    yield self._writer.keep_alive if opened else KEEP_ALIVE
                     continue
                 batch = await pending
                 if batch is None:
                     break
-                head = () if opened else self._opening()
+                head = () if opened else self._writer.opening(self._counts())
                 opened = True
-                if body := b"".join(sse(chunk) for chunk in (*head, *self._chunks(batch))):
+                if body := self._frames((*head, *self._writer.chunks(batch))):
                     yield body
                 pending = asyncio.ensure_future(anext(batches, None))
         finally:
             await _end(pending)
             await batches.aclose()  # type: ignore[attr-defined]  # an async generator
-        yield b"".join(sse(chunk) for chunk in self._closing()) + b"data: [DONE]\n\n"
+        yield self._frames(self._writer.closing(self._answer, self._counts())) + self._writer.ending
+
+    def _frames(self, chunks: Sequence[Mapping[str, Any]]) -> bytes:
+        return b"".join(map(self._writer.frame, chunks))
+
+    def _failure(self, error: ServeError) -> bytes:
+        return self._writer.frame(self._writer.failure(error))
 
 
 async def _disconnected(receive: Receive) -> None:

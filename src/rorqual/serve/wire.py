@@ -1,4 +1,4 @@
-"""Wire: events and answers as OpenAI's JSON objects. Owns every field name that goes out.
+"""Wire: what a protocol's writer is, and the one of OpenAI's chat and completions. Owns their fields that go out.
 
 Reasoning goes out as `reasoning_content` and as `reasoning`, cached tokens in OpenAI's and in DeepSeek's fields
 (spec/agent_and_serving.md 1.3, encoding.md 5.1). What the parser repaired is in `x_v4.parse`.
@@ -11,11 +11,26 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from rorqual import chat
+from rorqual.serve.answer import ChatAnswer, RawAnswer
+from rorqual.serve.errors import ServeError
 
-__all__ = ["ChatWriter", "RawWriter", "json_bytes", "sse", "usage"]
+__all__ = [
+    "KEEP_ALIVE",
+    "ChatWriter",
+    "Counts",
+    "RawWriter",
+    "Writer",
+    "json_bytes",
+    "named_sse",
+    "parse_report",
+    "sse",
+    "usage",
+]
+
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def json_bytes(value: Any) -> bytes:
@@ -31,29 +46,94 @@ def sse(value: Any) -> bytes:
     return b"data: " + json_bytes(value) + b"\n\n"
 
 
-def usage(*, prompt: int, completion: int, cached: int, reasoning: int | None = None) -> dict[str, Any]:
-    """Token counts. reasoning: None where there can be none."""
+def named_sse(value: Mapping[str, Any]) -> bytes:
+    """One event of a stream whose events are named by their `type`."""
+    return f"event: {value['type']}\n".encode() + sse(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Tokens of one answer."""
+
+    prompt: int
+    completion: int
+    cached: int
+    reasoning: int | None = None
+    """None where there can be none."""
+
+
+class Writer(Protocol):
+    """How a protocol writes one answer of type `A`. Chunks are JSON objects; `frame` makes bytes of one."""
+
+    ending: bytes
+    """What a stream that was not broken off ends with."""
+    keep_alive: bytes
+    """What an open stream says when it has nothing to say."""
+
+    def frame(self, chunk: Mapping[str, Any]) -> bytes:
+        """One event of a stream."""
+        ...
+
+    def opening(self, counts: Counts) -> Sequence[Mapping[str, Any]]:
+        """The first chunks, before anything was said."""
+        ...
+
+    def chunks(self, events: Sequence[chat.Event]) -> Sequence[Mapping[str, Any]]:
+        """Chunks of events; `end` is written by `closing`."""
+        ...
+
+    def closing(self, answer: Any, counts: Counts) -> Sequence[Mapping[str, Any]]:
+        """The last chunks. answer: the finished `ChatAnswer` or `RawAnswer`."""
+        ...
+
+    def failure(self, error: ServeError) -> Mapping[str, Any]:
+        """The chunk that ends a broken stream."""
+        ...
+
+    def whole(self, answer: Any, counts: Counts) -> dict[str, Any]:
+        """The answer in one piece."""
+        ...
+
+
+def usage(counts: Counts) -> dict[str, Any]:
+    """Token counts in OpenAI's and DeepSeek's fields."""
     out: dict[str, Any] = {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-        "prompt_cache_hit_tokens": cached,
-        "prompt_cache_miss_tokens": prompt - cached,
+        "prompt_tokens": counts.prompt,
+        "completion_tokens": counts.completion,
+        "total_tokens": counts.prompt + counts.completion,
+        "prompt_tokens_details": {"cached_tokens": counts.cached},
+        "prompt_cache_hit_tokens": counts.cached,
+        "prompt_cache_miss_tokens": counts.prompt - counts.cached,
     }
-    if reasoning is not None:
-        out["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    if counts.reasoning is not None:
+        out["completion_tokens_details"] = {"reasoning_tokens": counts.reasoning}
     return out
 
 
-def _parse_report(diagnostics: Sequence[chat.Diagnostic]) -> dict[str, Any]:
+def parse_report(diagnostics: Sequence[chat.Diagnostic]) -> dict[str, Any]:
+    """`x_v4.parse`, if there is something to say."""
     if not diagnostics:
         return {}
     return {"x_v4": {"parse": [{"kind": one.kind, "detail": one.detail} for one in diagnostics]}}
 
 
+class _OpenAIStream:
+    """What both of OpenAI's older streams share."""
+
+    ending = b"data: [DONE]\n\n"
+    keep_alive = KEEP_ALIVE
+
+    def frame(self, chunk: Mapping[str, Any]) -> bytes:
+        """See `Writer`."""
+        return sse(chunk)
+
+    def failure(self, error: ServeError) -> Mapping[str, Any]:
+        """See `Writer`."""
+        return error.envelope()
+
+
 @dataclass(kw_only=True)
-class ChatWriter:
+class ChatWriter(_OpenAIStream):
     """Writes one chat answer, whole or in chunks."""
 
     model: str
@@ -61,35 +141,32 @@ class ChatWriter:
     created: int = field(default_factory=lambda: int(time.time()))
     include_usage: bool = False
 
-    def whole(
-        self, message: chat.Message, *, finish_reason: str, counts: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The answer in one piece."""
+    def whole(self, answer: ChatAnswer, counts: Counts) -> dict[str, Any]:
+        """See `Writer`."""
+        message = answer.message
         calls = [call.to_openai() for call in message.tool_calls]
         said: dict[str, Any] = {"role": "assistant", "content": message.content or (None if calls else "")}
         if message.reasoning_content:
             said["reasoning_content"] = said["reasoning"] = message.reasoning_content
         if calls:
             said["tool_calls"] = calls
-        choice = {"index": 0, "message": said, "finish_reason": finish_reason, "logprobs": None}
+        choice = {"index": 0, "message": said, "finish_reason": answer.finish_reason, "logprobs": None}
         head = {"id": self.id, "object": "chat.completion", "created": self.created, "model": self.model}
-        return {**head, "choices": [choice], "usage": counts, **_parse_report(message.diagnostics)}
+        return {**head, "choices": [choice], "usage": usage(counts), **parse_report(message.diagnostics)}
 
-    def opening(self) -> list[dict[str, Any]]:
-        """The first chunk."""
+    def opening(self, counts: Counts) -> list[dict[str, Any]]:
+        """See `Writer`."""
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def chunks(self, events: Sequence[chat.Event]) -> list[dict[str, Any]]:
-        """Chunks of events; `end` is written by `closing`."""
+        """See `Writer`."""
         return [self._chunk(delta) for event in events if (delta := self._delta(event)) is not None]
 
-    def closing(
-        self, finish_reason: str, counts: Mapping[str, Any], diagnostics: Sequence[chat.Diagnostic]
-    ) -> list[dict[str, Any]]:
-        """The last chunks."""
-        out = [{**self._chunk({}, finish_reason), **_parse_report(diagnostics)}]
+    def closing(self, answer: ChatAnswer, counts: Counts) -> list[dict[str, Any]]:
+        """See `Writer`."""
+        out = [{**self._chunk({}, answer.finish_reason), **parse_report(answer.message.diagnostics)}]
         if self.include_usage:
-            out.append({**self._chunk({}), "choices": [], "usage": counts})
+            out.append({**self._chunk({}), "choices": [], "usage": usage(counts)})
         return out
 
     def _delta(self, event: chat.Event) -> dict[str, Any] | None:
@@ -119,7 +196,7 @@ class ChatWriter:
 
 
 @dataclass(kw_only=True)
-class RawWriter:
+class RawWriter(_OpenAIStream):
     """Writes one answer of /v1/completions, whole or in chunks."""
 
     model: str
@@ -127,25 +204,23 @@ class RawWriter:
     created: int = field(default_factory=lambda: int(time.time()))
     include_usage: bool = False
 
-    def whole(self, text: str, *, finish_reason: str, counts: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer in one piece."""
-        return {**self._chunk(text, finish_reason), "usage": counts}
+    def whole(self, answer: RawAnswer, counts: Counts) -> dict[str, Any]:
+        """See `Writer`."""
+        return {**self._chunk(answer.text, answer.finish_reason), "usage": usage(counts)}
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self, counts: Counts) -> list[dict[str, Any]]:
         """There is no first chunk here."""
         return []
 
     def chunks(self, events: Sequence[chat.Event]) -> list[dict[str, Any]]:
-        """Chunks of events; `end` is written by `closing`."""
+        """See `Writer`."""
         return [self._streamed(event.text, None) for event in events if event.kind == "content"]
 
-    def closing(
-        self, finish_reason: str, counts: Mapping[str, Any], diagnostics: Sequence[chat.Diagnostic]
-    ) -> list[dict[str, Any]]:
-        """The last chunks."""
-        out = [self._streamed("", finish_reason)]
+    def closing(self, answer: RawAnswer, counts: Counts) -> list[dict[str, Any]]:
+        """See `Writer`."""
+        out = [self._streamed("", answer.finish_reason)]
         if self.include_usage:
-            out.append({**self._streamed("", None), "choices": [], "usage": counts})
+            out.append({**self._streamed("", None), "choices": [], "usage": usage(counts)})
         return out
 
     def _streamed(self, text: str, finish_reason: str | None) -> dict[str, Any]:
