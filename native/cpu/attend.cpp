@@ -22,17 +22,23 @@ enum { HAS_BF16 = 1 };
 #else
 enum { HAS_BF16 = 0 };
 #endif
+enum { KEPT_BYTES = 512 << 10 };  // unpacked rows kept for the next queries: half an L2 cache
 
 struct Place {  // scratch of one call
   float *q;               // [D][C], or uint32 pairs [D/2][C]
   float *sums;            // [RQ_PART][C]; weights replace them, bf16 pairs in the first half
-  float *tile;            // fp32 rows [RQ_PART][D] of packed ones
-  uint16_t *half;         // bf16 [64][D16]
-  uint32_t *pairs;        // [D16/64][RQ_PART/2][64]: two rows' bf16
+  char *tile;             // rows unpacked for one query: fp32 [RQ_PART][D] or bf16 [64][D64]
+  uint32_t *pairs;        // [D64/64][RQ_PART/2][64]: two rows' bf16
+  char *slots;            // rows kept for the next queries of a block, window rows in the first `ring` slots
+  int64_t *tags;          // [slot_count] which row is in a slot
+  int64_t *stamps;        // [slot_count] when it was last asked for
+  int64_t slot_count, ring, row_bytes, now;
+  bool keeps;             // slots are in use
   float *top, *total;     // [C] of the part
   float *most, *all;      // [C] so far
   float *keep, *add;      // [C] factors of what is there and of the part
   const void **rows;      // [RQ_PART]
+  int64_t *numbers;       // [RQ_PART] which rows they are: entry, or ~ index in window_rows
   uint8_t *own;           // [RQ_PART] 1: fp32
   int64_t bytes;
 
@@ -42,14 +48,40 @@ struct Place {  // scratch of one call
     const bool bf16 = HAS_BF16 && job.format == RQ_PACKED;
     q = cut.take<float>(c * (bf16 ? (d + 1) / 2 : d));
     sums = cut.take<float>(RQ_PART * c);
-    tile = cut.take<float>(bf16 || job.format == RQ_EXACT ? 0 : RQ_PART * d);
-    half = cut.take<uint16_t>(bf16 ? 64 * wide : 0);
+    row_bytes = bf16 ? 2 * wide : up(4 * d, 64);
+    const int64_t unpacks = job.format == RQ_PACKED;
+    tile = cut.take<char>(unpacks * (bf16 ? 64 : RQ_PART) * row_bytes);
     pairs = cut.take<uint32_t>(bf16 ? RQ_PART / 2 * wide : 0);
+    for (slot_count = 1024; slot_count * row_bytes > KEPT_BYTES; slot_count /= 2) continue;
+    for (ring = slot_count / 2; ring / 2 >= job.window; ring /= 2) continue;
+    slots = cut.take<char>(unpacks * slot_count * row_bytes);
+    tags = cut.take<int64_t>(unpacks * slot_count), stamps = cut.take<int64_t>(unpacks * slot_count);
+    now = 0, keeps = false;
     top = cut.take<float>(c), total = cut.take<float>(c), most = cut.take<float>(c), all = cut.take<float>(c);
     keep = cut.take<float>(c), add = cut.take<float>(c);
     rows = cut.take<const void *>(RQ_PART);
+    numbers = cut.take<int64_t>(RQ_PART);
     own = cut.take<uint8_t>(RQ_PART);
     bytes = cut.used;
+  }
+
+  void keep_rows(const RqAttend &job) {  // from here on: the queries come one after another
+    keeps = job.format == RQ_PACKED;
+    for (int64_t i = 0; keeps && i < slot_count; i++) tags[i] = INT64_MIN, stamps[i] = 0;
+  }
+
+  // Where to unpack row `number` (below 0: of the window), or its place when it is there (*there). Falls back to `other`
+  // when its slot holds a row that was asked for since `now` last changed.
+  char *place_of(int64_t number, char *other, bool *there) {
+    *there = false;
+    if (!keeps) return other;
+    const int64_t i = number < 0 ? ~number & (ring - 1) : ring + (number & (slot_count / 2 - 1));
+    if (tags[i] == number)
+      *there = true;
+    else if (stamps[i] == now)
+      return other;
+    tags[i] = number, stamps[i] = now;
+    return slots + i * row_bytes;
   }
 };
 
@@ -78,11 +110,13 @@ int64_t gather(const RqAttend &job, int64_t t, int64_t part, Place &p) {
     const void *row = job.window_rows[t + at];
     if (!row) continue;
     p.own[n] = job.format == RQ_EXACT || t + at >= job.window_own;
+    p.numbers[n] = ~(t + at);
     p.rows[n++] = row;
   }
   for (; at < end; at++) {
     const int64_t e = picks ? picks[at - job.window] : at - job.window;
     p.own[n] = job.format == RQ_EXACT;
+    p.numbers[n] = e;
     p.rows[n++] = job.entries + job.pages[e / job.page_rows] * job.page_bytes + e % job.page_rows * row_bytes;
   }
   return n;
@@ -240,14 +274,15 @@ inline void row_to_bf16(const RqAttend &job, const void *row, int own, int64_t w
   for (int64_t d = job.width; d < wide; d++) out[d] = 0;
 }
 
-// Rows a and b (bf16 [wide]) to pairs, in panels of 64 dims `panel` apart.
+// Rows a and b (bf16 [wide]; null: zeros) to pairs, in panels of 64 dims `panel` apart.
 inline void pair_rows(const uint16_t *a, const uint16_t *b, int64_t wide, int64_t panel, uint32_t *out) {
   const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
                                        36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
   const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int64_t d = 0; d < wide; d += 64) {
     const __m512i a0 = _mm512_loadu_si512(a + d), a1 = _mm512_loadu_si512(a + d + 32);
-    const __m512i b0 = _mm512_loadu_si512(b + d), b1 = _mm512_loadu_si512(b + d + 32);
+    const __m512i b0 = b ? _mm512_loadu_si512(b + d) : _mm512_setzero_si512();
+    const __m512i b1 = b ? _mm512_loadu_si512(b + d + 32) : _mm512_setzero_si512();
     uint32_t *to = out + d / 64 * panel;
     _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a0, low, b0));
     _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a0, high, b0));
@@ -257,9 +292,9 @@ inline void pair_rows(const uint16_t *a, const uint16_t *b, int64_t wide, int64_
 }
 
 template <int V, int R>
-inline void dots_bf16(const uint32_t *q, int64_t c, int64_t half, const uint16_t *rows, int64_t wide, float *sums) {
+inline void dots_bf16(const uint32_t *q, int64_t c, int64_t half, const uint16_t *const *rows, float *sums) {
   __m512 acc[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) acc[r][v] = _mm512_setzero_ps();
@@ -267,32 +302,71 @@ inline void dots_bf16(const uint32_t *q, int64_t c, int64_t half, const uint16_t
     __m512i x[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) x[v] = _mm512_loadu_si512(q + d * c + v * 16);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      const __m512i k = broadcast_pair(rows + r * wide + 2 * d);
+      const __m512i k = broadcast_pair(rows[r] + 2 * d);
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) acc[r][v] = dot_pairs(acc[r][v], x[v], k);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) _mm512_storeu_ps(sums + r * c + v * 16, acc[r][v]);
 }
 
-template <int V>
-inline void dots_bf16_rows(const uint32_t *q, int64_t c, int64_t half, const uint16_t *rows, int64_t wide, int64_t n,
-                           float *sums) {
-  int64_t k = 0;
-  for (; k + 6 <= n; k += 6) dots_bf16<V, 6>(q, c, half, rows + k * wide, wide, sums + k * c);
-  for (; k + 2 <= n; k += 2) dots_bf16<V, 2>(q, c, half, rows + k * wide, wide, sums + k * c);
-  for (; k < n; k++) dots_bf16<V, 1>(q, c, half, rows + k * wide, wide, sums + k * c);
+inline __m256 dot_pairs_8(__m256 acc, __m256i a, const uint16_t *p) {
+  int32_t pair;
+  memcpy(&pair, p, 4);
+  return _mm256_dpbf16_ps(acc, (__m256bh)a, (__m256bh)_mm256_set1_epi32(pair));
 }
 
-void qk_bf16(const uint32_t *q, int64_t c, int64_t half, const uint16_t *rows, int64_t wide, int64_t n, float *sums) {
-  int64_t at = 0;
-  for (; at + 64 <= c; at += 64) dots_bf16_rows<4>(q + at, c, half, rows, wide, n, sums + at);
-  for (; at < c; at += 16) dots_bf16_rows<1>(q + at, c, half, rows, wide, n, sums + at);
+template <int R>
+inline void dots_bf16_8(const uint32_t *q, int64_t half, const uint16_t *const *rows, float *sums) {  // 8 columns
+  __m256 acc[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) acc[r] = _mm256_setzero_ps();
+  int64_t d = 0;
+  for (; d + 4 <= half; d += 4) {  // four at a time: R addresses do not fit the registers beside the rest
+    __m256i x[4];
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; u++) x[u] = _mm256_loadu_si256((const __m256i *)(q + (d + u) * 8));
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const uint16_t *row = rows[r] + 2 * d;
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; u++) acc[r] = dot_pairs_8(acc[r], x[u], row + 2 * u);
+    }
+  }
+  for (; d < half; d++) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *)(q + d * 8));
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) acc[r] = dot_pairs_8(acc[r], x, rows[r] + 2 * d);
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) _mm256_storeu_ps(sums + r * 8, acc[r]);
+}
+
+template <int V, int R>
+inline void dots_bf16_rows(const uint32_t *q, int64_t c, int64_t half, const uint16_t *const *rows, int64_t n,
+                           float *sums) {
+  int64_t k = 0;
+  for (; k + R <= n; k += R) dots_bf16<V, R>(q, c, half, rows + k, sums + k * c);
+  for (; k + 2 <= n; k += 2) dots_bf16<V, 2>(q, c, half, rows + k, sums + k * c);
+  for (; k < n; k++) dots_bf16<V, 1>(q, c, half, rows + k, sums + k * c);
+}
+
+void qk_bf16(const uint32_t *q, int64_t c, int64_t half, const uint16_t *const *rows, int64_t n, float *sums) {
+  int64_t k = 0, at = 0;
+  if (c == 8) {
+    for (; k + 12 <= n; k += 12) dots_bf16_8<12>(q, half, rows + k, sums + k * 8);
+    for (; k + 4 <= n; k += 4) dots_bf16_8<4>(q, half, rows + k, sums + k * 8);
+    for (; k < n; k++) dots_bf16_8<1>(q, half, rows + k, sums + k * 8);
+    return;
+  }
+  for (; at + 64 <= c; at += 64) dots_bf16_rows<4, 6>(q + at, c, half, rows, n, sums + at);
+  for (; at + 32 <= c; at += 32) dots_bf16_rows<2, 8>(q + at, c, half, rows, n, sums + at);
+  for (; at < c; at += 16) dots_bf16_rows<1, 8>(q + at, c, half, rows, n, sums + at);
 }
 
 // As soften<16>, leaving the weights rounded to bf16, a pair of keys in a word [ceil(n/2)][C]; totals are of the rounded.
@@ -315,6 +389,27 @@ void soften_bf16(float *sums, int64_t c, int64_t n, float *top, float *total) {
     store<16>(top + at, m);
     store<16>(total + at, t);
   }
+}
+
+// The same for 8 columns, two keys in a vector.
+void soften_bf16_8(float *sums, int64_t n, float *top, float *total) {
+  F<8> m = Lanes<8>::splat(-INFINITY), t = Lanes<8>::splat(0.0f);
+  for (int64_t k = 0; k < n; k++) m = larger_lanes<8>(load<8>(sums + k * 8), m);
+  const F<8> base = m == -INFINITY ? Lanes<8>::splat(0.0f) : m;
+  const __m512 both = _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd((__m256)base)));
+  for (int64_t k = 0; k < n; k += 2) {
+    const __m512 x = k + 1 < n ? _mm512_loadu_ps(sums + k * 8)
+                               : _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), 0xFF, sums + k * 8);
+    const F<16> e = exp_lanes<16>((F<16>)_mm512_sub_ps(x, both));
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)e);
+    const __m128i a = _mm256_castsi256_si128(half), b = _mm256_extracti128_si256(half, 1);
+    t = t + (F<8>)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(a), 16));
+    t = t + (F<8>)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16));
+    const __m256i pair = _mm256_set_m128i(_mm_unpackhi_epi16(a, b), _mm_unpacklo_epi16(a, b));
+    _mm256_storeu_si256((__m256i *)((uint32_t *)sums + k / 2 * 8), pair);
+  }
+  store<8>(top, m);
+  store<8>(total, t);
 }
 
 template <int V, int R>
@@ -355,8 +450,10 @@ void pv_bf16(const uint32_t *weights, int64_t c, const uint32_t *pairs, int64_t 
   for (int64_t at = 0; at < width; at += 64) {
     const uint32_t *panel = pairs + at / 64 * (RQ_PART / 2 * 64);
     int64_t h = 0;
-    for (; h + 6 <= heads; h += 6)
+    for (; h + 6 <= heads && h + 8 != heads; h += 6)
       blend_bf16<4, 6>(weights + h, c, panel, n, first, keep + h, add + h, out + h * width + at, width, width - at);
+    for (; h + 4 <= heads; h += 4)
+      blend_bf16<4, 4>(weights + h, c, panel, n, first, keep + h, add + h, out + h * width + at, width, width - at);
     for (; h + 2 <= heads; h += 2)
       blend_bf16<4, 2>(weights + h, c, panel, n, first, keep + h, add + h, out + h * width + at, width, width - at);
     for (; h < heads; h++)
@@ -367,15 +464,24 @@ void pv_bf16(const uint32_t *weights, int64_t c, const uint32_t *pairs, int64_t 
 // Sums and weights of a part, rows left as pairs for pv_bf16.
 void part_bf16(const RqAttend &job, Place &p, int64_t c, int64_t n) {
   const int64_t wide = up(job.width, 64), panel = RQ_PART / 2 * 64;
-  for (int64_t k = 0; k < n; k += 64) {
-    const int64_t count = n - k < 64 ? n - k : 64;
-    for (int64_t i = 0; i < count; i++) row_to_bf16(job, p.rows[k + i], p.own[k + i], wide, p.half + i * wide);
-    if (count % 2) memset(p.half + count * wide, 0, (size_t)wide * 2);
+  for (int64_t first = 0; first < n; first += 64) {
+    const int64_t count = n - first < 64 ? n - first : 64;
+    const uint16_t *rows[64];
+    p.now++;
+    for (int64_t i = 0; i < count; i++) {
+      bool there;
+      uint16_t *row = (uint16_t *)p.place_of(p.numbers[first + i], p.tile + i * p.row_bytes, &there);
+      if (!there) row_to_bf16(job, p.rows[first + i], p.own[first + i], wide, row);
+      rows[i] = row;
+    }
     for (int64_t i = 0; i < count; i += 2)
-      pair_rows(p.half + i * wide, p.half + (i + 1) * wide, wide, panel, p.pairs + (k + i) / 2 * 64);
-    qk_bf16((const uint32_t *)p.q, c, (job.width + 1) / 2, p.half, wide, count, p.sums + k * c);
+      pair_rows(rows[i], i + 1 < count ? rows[i + 1] : nullptr, wide, panel, p.pairs + (first + i) / 2 * 64);
+    qk_bf16((const uint32_t *)p.q, c, (job.width + 1) / 2, rows, count, p.sums + first * c);
   }
-  soften_bf16(p.sums, c, n, p.top, p.total);
+  if (c == 8)
+    soften_bf16_8(p.sums, n, p.top, p.total);
+  else
+    soften_bf16(p.sums, c, n, p.top, p.total);
 }
 
 #endif
@@ -389,7 +495,8 @@ struct Heads {
 inline bool in_bf16(const RqAttend &job) { return HAS_BF16 && job.format == RQ_PACKED; }
 
 Heads columns(const RqAttend &job, int64_t first, int64_t count) {
-  const int64_t lanes = in_bf16(job) || count > 8 ? (int64_t)WIDE : count > 4 ? (WIDE < 8 ? 4 : 8) : 4;
+  const int64_t few = in_bf16(job) ? 8 : 4;
+  const int64_t lanes = count > 8 ? (int64_t)WIDE : count > few && WIDE >= 8 ? 8 : few;
   return Heads{first, count, up(count, lanes)};
 }
 
@@ -414,10 +521,12 @@ int64_t score_part(const RqAttend &job, int64_t t, int64_t part, const Heads &h,
     return n;
   }
 #endif
+  p.now++;
   for (int64_t k = 0; k < n; k++)
     if (!p.own[k]) {
-      float *row = p.tile + k * job.width;
-      unpack_entry(job.format, (const uint8_t *)p.rows[k], job.width, job.rope, row);
+      bool there;
+      char *row = p.place_of(p.numbers[k], p.tile + k * p.row_bytes, &there);
+      if (!there) unpack_entry(job.format, (const uint8_t *)p.rows[k], job.width, job.rope, (float *)row);
       p.rows[k] = row;
     }
   const float *const *rows = (const float *const *)p.rows;
@@ -455,6 +564,22 @@ void finish(const RqAttend &job, int64_t t, const Heads &h, int first, Place &p)
     for (int64_t d = 0; d < job.width; d++) out[i * job.width + d] *= p.keep[i];
 }
 
+// Heads `h` of a query from keys to out.
+void whole(const RqAttend &job, int64_t t, const Heads &h, Place &p) {
+  turn(job, t, h, p);
+  float *out = job.out + t * job.out_step + h.first * job.width;
+  const int64_t parts = parts_of(job, t);
+  int first = 1;
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t n = score_part(job, t, part, h, p);
+    if (!n) continue;
+    weigh_parts(h.c, first, p.top, p.total, p.most, p.all, p.keep, p.add);
+    add_part(job, n, first, h, p, out);
+    first = 0;
+  }
+  finish(job, t, h, first, p);
+}
+
 struct Partial {  // what attend_part leaves: top [C16], total [C16], sums [heads][width]
   float *top, *total, *sums;
   int64_t c;
@@ -473,23 +598,13 @@ int64_t attend_scratch(const RqAttend *job) { return Place(*job, nullptr).bytes;
 
 void attend_heads(const RqAttend *job, int64_t query, int32_t heads_first, int32_t heads_count, void *scratch) {
   Place p(*job, scratch);
-  const Heads h = columns(*job, heads_first, heads_count);
-  turn(*job, query, h, p);
-  float *out = job->out + query * job->out_step + heads_first * job->width;
-  const int64_t parts = parts_of(*job, query);
-  int first = 1;
-  for (int64_t part = 0; part < parts; part++) {
-    const int64_t n = score_part(*job, query, part, h, p);
-    if (!n) continue;
-    weigh_parts(h.c, first, p.top, p.total, p.most, p.all, p.keep, p.add);
-    add_part(*job, n, first, h, p, out);
-    first = 0;
-  }
-  finish(*job, query, h, first, p);
+  whole(*job, query, columns(*job, heads_first, heads_count), p);
 }
 
 void attend(const RqAttend *job, int64_t first, int64_t count, void *scratch) {
-  for (int64_t t = first; t < first + count; t++) attend_heads(job, t, 0, job->heads, scratch);
+  Place p(*job, scratch);
+  if (count > 1) p.keep_rows(*job);
+  for (int64_t t = first; t < first + count; t++) whole(*job, t, columns(*job, 0, job->heads), p);
 }
 
 int64_t attend_parts(const RqAttend *job, int64_t query) { return parts_of(*job, query); }
@@ -522,12 +637,16 @@ void attend_merge(const RqAttend *job, int64_t query, const void *partials, int6
     const Partial from(*job, (void *)partials, part);
     if (from.total[0] == -1.0f) continue;
     weigh_parts(h.c, first, from.top, from.total, p.most, p.all, p.keep, p.add);
-    for (int64_t i = 0; i < h.count; i++)
-      for (int64_t d = 0; d < width; d++) {
-        const F<4> sum = Lanes<4>::splat(from.sums[i * width + d] * p.add[i]);
+    for (int64_t i = 0; i < h.count; i++) {
+      const F<WIDE> keep = Lanes<WIDE>::splat(p.keep[i]), add = Lanes<WIDE>::splat(p.add[i]);
+      for (int64_t d = 0; d < width; d += WIDE) {  // as the ends of blend and blend_bf16
+        const int lanes = width - d < WIDE ? (int)(width - d) : (int)WIDE;
         float *to = out + i * width + d;
-        *to = first ? sum[0] : Lanes<4>::fma(Lanes<4>::splat(*to), Lanes<4>::splat(p.keep[i]), sum)[0];
+        F<WIDE> sum = load_part<WIDE>(from.sums + i * width + d, lanes) * add;
+        if (!first) sum = Lanes<WIDE>::fma(load_part<WIDE>(to, lanes), keep, sum);
+        memcpy(to, &sum, (size_t)lanes * sizeof(float));
       }
+    }
     first = 0;
   }
   finish(*job, query, h, first, p);

@@ -185,6 +185,9 @@ inline bool in_int8(const RqIndex &job) { return HAS_VNNI && job.format == RQ_PA
 
 const int8_t DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
+// Scale bytes that int8 takes: a scale times a weight must not leave the normal numbers, or the two ways would differ.
+enum { SCALE_LOW = 64, SCALE_HIGH = 190 };
+
 // Scale byte that a row's blocks share after shifting each by at most 3, or -1. A block of zeros fits any.
 int32_t shared_scale(const uint8_t *scales, int32_t blocks, const uint8_t *pairs, int32_t *shift) {
   int32_t low = 255, high = -1;
@@ -199,7 +202,7 @@ int32_t shared_scale(const uint8_t *scales, int32_t blocks, const uint8_t *pairs
     high = scales[b] > high ? scales[b] : high;
   }
   if (high < 0) low = high = 127;
-  if (high - low > 3) return -1;
+  if (high - low > 3 || low < SCALE_LOW || low > SCALE_HIGH) return -1;
   for (int32_t b = 0; b < blocks; b++) shift[b] = used >> b & 1 ? scales[b] - low : 0;
   return low;
 }
@@ -233,8 +236,7 @@ void prepare(const RqIndex &job, int64_t t, Place &p, Query &query) {
     unpack_key(job.format, p.packed, job.width, x);
     int32_t shift[RQ_MAX_KEY / RQ_FP4_BLOCK], sum = 0;
     const int32_t low = shared_scale(p.packed + job.width / 2, job.width / RQ_FP4_BLOCK, p.packed, shift);
-    // A head's scale times a weight must not leave the normal numbers, or the ways would differ.
-    if (low < 64 || low > 190) {
+    if (low < 0) {
       query.narrow = 0;
       continue;
     }
@@ -324,19 +326,49 @@ uint64_t unpack_int8(const RqIndex &job, const uint8_t *const *at, int64_t n, Pl
   const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8((char)128);
   uint64_t wide = 0;
   for (int64_t i = 0; i < GROUP; i += 16) {
-    alignas(64) int32_t shifts[RQ_MAX_KEY / RQ_FP4_BLOCK][16];
-    int32_t any = 0;
-    for (int64_t k = 0; k < 16; k++) {
-      int32_t shift[RQ_MAX_KEY / RQ_FP4_BLOCK], low = -1;
-      if (i + k < n) low = shared_scale(at[i + k] + job.width / 2, blocks, at[i + k], shift);
-      if (low < 64 || low > 190) {
-        wide |= (uint64_t)(i + k < n) << (i + k);
-        for (int32_t b = 0; b < blocks; b++) shift[b] = 0;
-        low = 127;
+    // Scales: most keys' blocks lie within 2^3 as they are. The others are looked at one by one: zeros fit any scale.
+    alignas(64) int32_t shifts[RQ_MAX_KEY / RQ_FP4_BLOCK][16], lows[16];
+    const __m512i byte = _mm512_set1_epi32(255);
+    __m512i low = byte, high = _mm512_setzero_si512();
+    for (int32_t part = 0; part < parts; part++) {
+      alignas(64) int32_t four[16];
+      for (int64_t k = 0; k < 16; k++)
+        if (i + k < n)
+          memcpy(four + k, at[i + k] + job.width / 2 + part * 4, 4);
+        else
+          four[k] = 0x7F7F7F7F;
+      __m512i scales = _mm512_load_si512(four);
+      for (int b = 0; b < 4; b++, scales = _mm512_srli_epi32(scales, 8)) {
+        const __m512i one = _mm512_and_si512(scales, byte);
+        low = _mm512_min_epi32(low, one), high = _mm512_max_epi32(high, one);
+        _mm512_store_si512(shifts[part * 4 + b], one);
       }
-      for (int32_t b = 0; b < blocks; b++) any |= shifts[b][k] = shift[b];
-      p.scale[i + k] = power(low - 127 - 1);
     }
+    uint32_t odd_ones = _mm512_cmpgt_epi32_mask(_mm512_sub_epi32(high, low), _mm512_set1_epi32(3)) |
+                        _mm512_cmplt_epi32_mask(low, _mm512_set1_epi32(SCALE_LOW)) |
+                        _mm512_cmpgt_epi32_mask(low, _mm512_set1_epi32(SCALE_HIGH));
+    __m512i any = _mm512_setzero_si512();
+    for (int32_t b = 0; b < blocks; b++) {
+      const __m512i shift = _mm512_sub_epi32(_mm512_load_si512(shifts[b]), low);
+      _mm512_store_si512(shifts[b], shift);
+      any = _mm512_or_si512(any, shift);
+    }
+    _mm512_store_si512(lows, low);
+    for (; odd_ones; odd_ones &= odd_ones - 1) {
+      const int k = __builtin_ctz(odd_ones);
+      int32_t shift[RQ_MAX_KEY / RQ_FP4_BLOCK];
+      lows[k] = shared_scale(at[i + k] + job.width / 2, blocks, at[i + k], shift);
+      if (lows[k] < 0) {
+        wide |= 1ull << (i + k);
+        lows[k] = 127;
+        for (int32_t b = 0; b < blocks; b++) shift[b] = 0;
+      }
+      for (int32_t b = 0; b < blocks; b++) shifts[b][k] = shift[b];
+      any = _mm512_set1_epi32(1);
+    }
+    const __m512i exponent = _mm512_sub_epi32(_mm512_load_si512(lows), _mm512_set1_epi32(1));
+    _mm512_storeu_ps(p.scale + i, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+    const bool shifted = _mm512_test_epi32_mask(any, any);
     for (int32_t part = 0; part < parts; part++) {
       __m512i r[16];
       for (int64_t k = 0; k < 16; k++)
@@ -345,7 +377,7 @@ uint64_t unpack_int8(const RqIndex &job, const uint8_t *const *at, int64_t n, Pl
       for (int d = 0; d < 16; d++) {
         __m512i even = _mm512_shuffle_epi8(table, _mm512_and_si512(r[d], nibble));
         __m512i odd = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(r[d], 4), nibble));
-        if (any) {
+        if (shifted) {
           const __m512i shift = _mm512_load_si512(shifts[part * 4 + d / 4]);
           const __m512i ones = _mm512_set1_epi32(0x01010101);  // bits that a shift pulls in from the byte below
           const __m512i mask = _mm512_sub_epi8(_mm512_setzero_si512(), _mm512_sllv_epi32(ones, shift));

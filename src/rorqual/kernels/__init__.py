@@ -10,21 +10,27 @@ from rorqual.kernels.cpu import CpuStatus, cpu_status
 from rorqual.kernels.hadamard import hadamard
 from rorqual.kernels.indexer import index_loss, index_scores, select_entries, select_top_k
 from rorqual.kernels.matmul import matmul, matmul_cpu
+from rorqual.kernels.packed import native_core
+from rorqual.kernels.paged import Paged, attend_cpu, index_topk_cpu
 from rorqual.kernels.pooling import overlap_rows, pool
 from rorqual.kernels.rope import apply_rope, rope_frequencies, rope_table
 from rorqual.kernels.sinkhorn import sinkhorn
 
 __all__ = [
     "CpuStatus",
+    "Paged",
     "apply_rope",
     "attend",
     "attend_blocks",
+    "attend_cpu",
     "cpu_status",
     "hadamard",
     "index_loss",
     "index_scores",
+    "index_topk_cpu",
     "matmul",
     "matmul_cpu",
+    "native_core",
     "overlap_rows",
     "pool",
     "rope_frequencies",
