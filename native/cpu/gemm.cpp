@@ -45,7 +45,20 @@ inline void keep(v4 sums, float *to, int64_t valid) {
     for (int64_t i = 0; i < valid; i++) to[i] = sums[i];
 }
 
-inline void fetch(const void *at, int64_t ahead) { __builtin_prefetch((const void *)((uintptr_t)at + (uintptr_t)ahead)); }
+// To L2: a core has few lines on their way to L1 (into L1 it is half as fast here, and no faster than without).
+inline void fetch(const void *at, int64_t ahead) {
+  __builtin_prefetch((const void *)((uintptr_t)at + (uintptr_t)ahead), 0, 2);
+}
+
+// What to fetch while byte j of rows in groups of G is read: FAR further in the row, at its end in the next group's row.
+struct Ahead {
+  enum { FAR = 2048 };
+  int64_t turn, next;
+  Ahead(int64_t bytes, int64_t group)
+      : turn(bytes > FAR ? bytes - FAR : 0),
+        next(bytes > FAR ? FAR + (group - 1) * bytes : FAR / bytes * group * bytes) {}
+  int64_t at(int64_t j) const { return j + (j < turn ? (int64_t)FAR : next); }
+};
 
 // y[r][i] = w[i] . x[r] for G weight rows (the first `valid` of them wanted) and R rows.
 template <int G, int R>
@@ -55,6 +68,7 @@ inline void tile(const float *const *w, const float *x, int64_t x_step, int64_t 
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int i = 0; i < G; i++) acc[r][i] = zero();
+  const Ahead ahead(k * (int64_t)sizeof(*w[0]), G);
   int64_t j = 0;
   for (; j + VL <= k; j += VL) {
     vf wv[G];
@@ -66,9 +80,11 @@ inline void tile(const float *const *w, const float *x, int64_t x_step, int64_t 
 #pragma GCC unroll 8
       for (int i = 0; i < G; i++) acc[r][i] = fma(wv[i], xv, acc[r][i]);
     }
-    if (R == 1)
+    if (R == 1) {
+      const int64_t next = ahead.at(j * (int64_t)sizeof(*w[0]));
 #pragma GCC unroll 8
-      for (int i = 0; i < G; i++) fetch(w[i] + j, 1024);
+      for (int i = 0; i < G; i++) fetch(w[i], next);
+    }
   }
   if (j < k) {
 #pragma GCC unroll 8
@@ -97,6 +113,7 @@ inline void tile(const uint16_t *const *w, const uint16_t *x, int64_t x_step, in
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int i = 0; i < G; i++) acc[r][i] = zero();
+  const Ahead ahead(k * (int64_t)sizeof(*w[0]), G);
   int64_t j = 0;
   for (; j + 32 <= k; j += 32) {
     __m512i wv[G];
@@ -108,9 +125,11 @@ inline void tile(const uint16_t *const *w, const uint16_t *x, int64_t x_step, in
 #pragma GCC unroll 8
       for (int i = 0; i < G; i++) acc[r][i] = dot(acc[r][i], wv[i], xv);
     }
-    if (R == 1)
+    if (R == 1) {
+      const int64_t next = ahead.at(j * (int64_t)sizeof(*w[0]));
 #pragma GCC unroll 8
-      for (int i = 0; i < G; i++) fetch(w[i] + j, 1024);
+      for (int i = 0; i < G; i++) fetch(w[i], next);
+    }
   }
   if (j < k) {
     const __mmask32 rest = (1u << (k - j)) - 1;
@@ -128,88 +147,137 @@ inline void tile(const uint16_t *const *w, const uint16_t *x, int64_t x_step, in
       keep(total(acc[r][i], acc[r][i + 1], acc[r][i + 2], acc[r][i + 3]), y + r * y_step + i, valid - i);
 }
 
-// use(i, j, pair): 64 weights of row i from j on, for the G rows of one row of FP8 scales, j ascending.
+// Packed rows that lie one after another; FP8: with one row of scales.
+struct Packed {
+  const uint8_t *codes, *scales;
+  int64_t step, scale_step;
+  Packed(const RqMatrix &w, int64_t k, int64_t o)
+      : codes(row_at(w, k, o)), scales(scales_at(w, k, o)), step(row_bytes(w, k)), scale_step((k + 31) / 32) {}
+};
+
+// use(i, j, v): 32 weights of row i from j on, for G rows, j ascending.
 template <int BLOCK, int G, class Use>
-inline void fp8_walk(const uint8_t *const *rows, const uint8_t *scales, int64_t k, const Use &use) {
+inline void walk_fp8(const Packed &p, int64_t k, const Use &use) {
+  const Ahead ahead(p.step, G);
   for (int64_t block = 0; block < k; block += BLOCK < CHUNK ? (int)CHUNK : BLOCK) {
-    const uint8_t *scale = scales + block / BLOCK;
+    const uint8_t *scale = p.scales + block / BLOCK;
     const Fp8Table first(*scale), second(scale[BLOCK < CHUNK && block + BLOCK < k]);  // the same one if there is no next
     const int64_t end = least(k, block + (BLOCK < CHUNK ? (int)CHUNK : BLOCK));
     for (int64_t j = block; j < end; j += CHUNK) {
       const __mmask64 valid = k - j < CHUNK ? (1ull << (k - j)) - 1 : ~0ull;
+      const uint8_t *at = p.codes + j;
+      const int64_t next = ahead.at(j) - j;
 #pragma GCC unroll 8
       for (int i = 0; i < G; i++) {
-        const __m512i codes = _mm512_maskz_loadu_epi8(valid, rows[i] + j);
-        use(i, j, BLOCK < CHUNK ? fp8_decode(codes, first, second) : fp8_decode(codes, first));
+        fetch(at + i * p.step, next);
+        const __m512i codes = _mm512_maskz_loadu_epi8(valid, at + i * p.step);
+        const Pair pair = BLOCK < CHUNK ? fp8_decode(codes, first, second) : fp8_decode(codes, first);
+        use(i, j, pair.a);
+        use(i, j + 32, pair.b);
       }
     }
   }
 }
 
-// The same for FP4, a row of scales for each.
-template <bool EXTREME, int G, class Use>
-inline void fp4_walk(const uint8_t *const *rows, const uint8_t *const *scales, int64_t k, const Use &use) {
-  for (int64_t j = 0; j < k; j += CHUNK) {
-    const __mmask32 valid = k - j < CHUNK ? (1u << ((k - j) / 2)) - 1 : ~0u;
-    const bool next = j + 32 < k;
-#pragma GCC unroll 8
-    for (int i = 0; i < G; i++) {
-      const uint8_t *scale = scales[i] + j / 32;
-      const __m512i table = EXTREME ? fp4_table_extreme(scale[0], scale[next]) : fp4_table(scale[0], scale[next]);
-      use(i, j, fp4_decode(_mm256_maskz_loadu_epi8(valid, rows[i] + j / 2), table));
-    }
-  }
-}
-
-// Calls use() for the G packed rows from o on, `valid` of them in the matrix, all in one row of FP8 scales.
+// The same for FP4.
 template <int G, class Use>
-inline void walk(const RqMatrix &w, int64_t k, int64_t o, int64_t valid, const Use &use) {
-  const uint8_t *rows[G], *scales[G];
-  bool extreme = false;
-  for (int i = 0; i < G; i++) {
-    const int64_t row = o + (i < valid ? i : valid - 1);
-    rows[i] = row_at(w, k, row);
-    scales[i] = scales_at(w, k, row);
-    if (w.type == RQ_FP4) extreme = extreme || fp4_extreme(scales[i], (k + 31) / 32);
-  }
-  if (w.type == RQ_FP8)
-    w.block == 32 ? fp8_walk<32, G>(rows, scales[0], k, use) : fp8_walk<128, G>(rows, scales[0], k, use);
-  else
-    extreme ? fp4_walk<true, G>(rows, scales, k, use) : fp4_walk<false, G>(rows, scales, k, use);
-}
-
-// Rows from o on, at most `most`, that walk() takes at once.
-inline int64_t together(const RqMatrix &w, int64_t o, int64_t most) {
-  return w.type == RQ_FP8 ? least(most, w.block - o % w.block) : most;
-}
-
-// Packed weights times one prepared row.
-void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, float *y) {
-  for (int64_t o = 0, n; o < outputs; o += n) {
-    n = together(w, first + o, least(GROUP, outputs - o));
-    __m512 acc[GROUP];
+inline void walk_fp4(const Packed &p, int64_t k, const Use &use) {
+  const Ahead ahead(p.step, G);
+  const uint8_t *at = p.codes, *scale = p.scales;
+  int64_t j = 0;
+  for (; j + 32 <= k; j += 32, at += 16, scale++) {
+    if (!(j & 96)) {
+      const int64_t next = ahead.at(j / 2) - j / 2;
 #pragma GCC unroll 8
-    for (int i = 0; i < GROUP; i++) acc[i] = zero();
-    walk<GROUP>(w, k, first + o, n, [&](int i, int64_t j, const Pair &pair) {
-      acc[i] = dot(acc[i], pair.a, _mm512_loadu_si512(x + j));
-      acc[i] = dot(acc[i], pair.b, _mm512_loadu_si512(x + j + 32));
-    });
-    keep(total(acc[0], acc[1], acc[2], acc[3]), y + o, n);
-    keep(total(acc[4], acc[5], acc[6], acc[7]), y + o + 4, n - 4);
+      for (int i = 0; i < G; i++) fetch(at + i * p.step, next);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++)
+      use(i, j, fp4_decode(_mm_loadu_si128((const __m128i *)(at + i * p.step)), scale[i * p.scale_step]));
+  }
+  if (j < k) {
+    const __mmask16 valid = (__mmask16)((1u << ((k - j) / 2)) - 1);
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++)
+      use(i, j, fp4_decode(_mm_maskz_loadu_epi8(valid, at + i * p.step), scale[i * p.scale_step]));
+  }
+  if (k % CHUNK && k % CHUNK <= 32)  // the second half of the last chunk
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++) use(i, k / CHUNK * CHUNK + 32, _mm512_setzero_si512());
+}
+
+template <int G, class Use>
+inline void walk(const RqMatrix &w, int64_t k, int64_t o, const Use &use) {
+  const Packed p(w, k, o);
+  if (w.type == RQ_FP4) return walk_fp4<G>(p, k, use);
+  w.block == 32 ? walk_fp8<32, G>(p, k, use) : walk_fp8<128, G>(p, k, use);
+}
+
+// Whether walk() may take the G rows from o on together, of `left`.
+template <int G>
+inline bool together(const RqMatrix &w, int64_t o, int64_t left) {
+  return left >= G && (w.type != RQ_FP8 || o % w.block + G <= w.block);
+}
+
+// G packed rows times R prepared ones.
+template <int G, int R>
+inline void direct_rows(const RqMatrix &w, int64_t k, int64_t o, const Unit *const *x, float *const *y) {
+  __m512 acc[R][G < 4 ? 4 : G];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < (G < 4 ? 4 : G); i++) acc[r][i] = zero();
+  walk<G>(w, k, o, [&](int i, int64_t j, __m512i v) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) acc[r][i] = dot(acc[r][i], v, _mm512_loadu_si512(x[r] + j));
+  });
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i += 4)
+      keep(total(acc[r][i], acc[r][i + 1], acc[r][i + 2], acc[r][i + 3]), y[r] + i, G);
+}
+
+// Packed weights times `rows` <= R prepared rows; those that are missing are the last one again.
+template <int G, int R>
+void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, int64_t rows, float *y,
+            int64_t y_step) {
+  const Unit *from[R];
+  float *to[R];
+  for (int r = R - 1; r >= 0; r--) {
+    from[r] = x + least(r, rows - 1) * padded(k);
+    to[r] = y + least(r, rows - 1) * y_step;
+  }
+  for (int64_t o = 0; o < outputs;) {
+    const bool all = together<G>(w, first + o, outputs - o);
+    all ? direct_rows<G, R>(w, k, first + o, from, to) : direct_rows<1, R>(w, k, first + o, from, to);
+    o += all ? G : 1;
+    for (int r = 0; r < R; r++) to[r] += all ? G : 1;
+  }
+}
+
+// Few rows: a panel would cost more than it saves. rows <= MOST_DIRECT.
+enum { MOST_DIRECT = 8 };
+void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, int64_t rows, float *y,
+            int64_t y_step) {
+  switch (rows) {
+    case 1: return direct<8, 1>(w, k, first, outputs, x, rows, y, y_step);
+    case 2: return direct<8, 2>(w, k, first, outputs, x, rows, y, y_step);
+    case 3:
+    case 4: return direct<4, 4>(w, k, first, outputs, x, rows, y, y_step);
+    default: return direct<2, 8>(w, k, first, outputs, x, rows, y, y_step);
   }
 }
 
 // Packed weights as bf16, [outputs][padded(k)].
 void decode(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, Unit *panel) {
   const int64_t kp = padded(k);
-  for (int64_t o = 0, n; o < outputs; o += n) {
-    n = together(w, first + o, least(4, outputs - o));
-    Unit *to = panel + o * kp;
-    walk<4>(w, k, first + o, n, [&](int i, int64_t j, const Pair &pair) {
-      if (i >= n) return;
-      _mm512_storeu_si512(to + i * kp + j, pair.a);
-      _mm512_storeu_si512(to + i * kp + j + 32, pair.b);
-    });
+  const auto put = [&](int i, int64_t j, __m512i v) { _mm512_storeu_si512(panel + i * kp + j, v); };
+  for (int64_t o = 0; o < outputs;) {
+    const bool all = together<4>(w, first + o, outputs - o);
+    all ? walk<4>(w, k, first + o, put) : walk<1>(w, k, first + o, put);
+    o += all ? 4 : 1;
+    panel += (all ? 4 : 1) * kp;
   }
 }
 
@@ -264,7 +332,8 @@ void decode(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, Unit *
     walk<TYPE, 1>(w, k, first + o, 1, [&](int, int64_t j, vf values, int) { store(panel + o * kp + j, values); });
 }
 
-void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, float *y) {
+enum { MOST_DIRECT = 1 };
+void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, int64_t, float *y, int64_t) {
   if (w.type == RQ_BF16) return direct<RQ_BF16>(w, k, first, outputs, x, y);
   w.type == RQ_FP8 ? direct<RQ_FP8>(w, k, first, outputs, x, y) : direct<RQ_FP4>(w, k, first, outputs, x, y);
 }
@@ -344,8 +413,8 @@ void matmul(const RqMatrix *w, int64_t k, int64_t first, int64_t outputs, const 
       continue;
     }
 #endif
-    if (n == 1) {
-      direct(*w, k, first, outputs, prepared, to);
+    if (n <= MOST_DIRECT) {
+      direct(*w, k, first, outputs, prepared, n, to, y_step);
       continue;
     }
     for (int64_t o = 0; o < outputs; o += deep) {

@@ -1,7 +1,7 @@
 // gemm_weights.h: how gemm.cpp reads weights: codes of a matrix's rows as vectors of the level of this object.
 //
-// Levels with vdpbf16ps (RQ_DOT) decode 64 weights to two vectors of 32 bf16, in an order of k that suits the type; x is
-// laid in the same order (prepare). Other levels decode VL weights to fp32 in ascending order.
+// Levels with vdpbf16ps (RQ_DOT) decode 32 weights to a vector of bf16, in an order of k that suits the type; x is laid
+// in the same order (prepare). Other levels decode VL weights to fp32 in ascending order.
 // Nothing is read beyond a row's codes and scales, whatever k is. Everything has internal linkage (see simd.h).
 #pragma once
 #include <stdint.h>
@@ -105,66 +105,41 @@ inline Pair fp8_decode(__m512i codes, const Fp8Table &t, const Fp8Table &u) {
   return fp8_pair(codes, high, low);
 }
 
-alignas(64) const uint16_t E2M1[32] = {  // bf16 bits
-    0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0,
-    0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+// bf16 bits of an e2m1 magnitude (0..7) times 2^(scale - 127).
+constexpr uint16_t e2m1_bits(int code, int scale) {
+  if (scale == 255) return 0x7FC0;
+  if (!code) return 0;
+  const int exponent = (code < 2 ? -1 : (code >> 1) - 1) + scale;
+  return exponent >= 255 ? 0x7F80 : exponent < 1 ? 0 : (uint16_t)(exponent << 7 | (code < 2 ? 0 : (code & 1) << 6));
+}
 
-// Scales with which some e2m1 value leaves bf16's normal range.
-inline bool fp4_extreme(uint8_t scale) { return scale < 2 || scale > 252; }
-
-inline bool fp4_extreme(const uint8_t *scales, int64_t n) {
-  __mmask64 found = 0;
-  for (int64_t i = 0; i < n; i += 64) {
-    const __mmask64 valid = n - i < 64 ? (1ull << (n - i)) - 1 : ~0ull;
-    const __m512i s = _mm512_maskz_loadu_epi8(valid, scales + i);
-    found |= _mm512_mask_cmpgt_epu8_mask(valid, _mm512_sub_epi8(s, _mm512_set1_epi8(2)), _mm512_set1_epi8((char)250));
+struct alignas(64) Fp4Codes {  // of each scale: the 16 values, twice
+  uint16_t values[256][32];
+  constexpr Fp4Codes() : values() {
+    for (int scale = 0; scale < 256; scale++)
+      for (int i = 0; i < 32; i++)
+        values[scale][i] = (uint16_t)(e2m1_bits(i & 7, scale) | (i & 8 ? 0x8000 : 0));
   }
-  return found != 0;
-}
+};
 
-// Table of 16 values times `first`, and 16 times `second`.
-inline __m512i fp4_table(uint8_t first, uint8_t second) {
-  const __m512i turn = _mm512_set_epi64(0x0180018001800180ll, 0x0180018001800180ll, 0x0180018001800180ll,
-                                        0x0180018001800180ll, 0x0080008000800080ll, 0x0080008000800080ll,
-                                        0x0080008000800080ll, 0x0080008000800080ll);  // byte 0 or 1 to the high bytes
-  const __m512i scales = _mm512_set1_epi16((short)(first | second << 8));
-  const __m512i shift = _mm512_srli_epi16(_mm512_shuffle_epi8(scales, turn), 1);
-  const __m512i values = _mm512_load_si512(E2M1), unbias = _mm512_set1_epi16(127 << 7);
-  const __mmask32 nonzero = 0xFEFEFEFEu;
-  return _mm512_mask_add_epi16(values, nonzero, _mm512_sub_epi16(values, unbias), shift);
-}
+constexpr Fp4Codes fp4_codes{};
 
-// The same for any scales, as e4m3_bits treats them.
-__attribute__((noinline)) __m512i fp4_table_extreme(uint8_t first, uint8_t second) {
-  alignas(64) uint16_t table[32];
-  for (int i = 0; i < 32; i++) {
-    const int scale = i < 16 ? first : second, magnitude = E2M1[i] & 0x7FFF;
-    const int exponent = (magnitude >> 7) - 127 + scale;
-    const int bits = scale == 255      ? 0x7FC0
-                     : !magnitude      ? 0
-                     : exponent >= 255 ? 0x7F80
-                     : exponent < 1    ? 0
-                                       : exponent << 7 | (magnitude & 0x7F);
-    table[i] = (uint16_t)(bits | (E2M1[i] & 0x8000));
-  }
-  return _mm512_load_si512(table);
-}
-
-// 64 e2m1 weights of two scales (32 bytes); order of k: the even ones, the odd ones.
-inline Pair fp4_decode(__m256i bytes, __m512i table) {
-  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const __m512i pairs = _mm512_cvtepu8_epi16(bytes);
-  const __m512i even = _mm512_ternarylogic_epi32(pairs, _mm512_set1_epi16(15), second, 0xEA);  // (pairs & 15) | second
-  const __m512i odd = _mm512_or_si512(_mm512_srli_epi16(pairs, 4), second);
-  return {_mm512_permutexvar_epi16(even, table), _mm512_permutexvar_epi16(odd, table)};
+// 32 e2m1 weights; order of k: 0-3 16-19 4-7 20-23 8-11 24-27 12-15 28-31.
+inline __m512i fp4_decode(__m128i bytes, uint8_t scale) {
+  // Each lane has all 16 bytes and shifts its own nibbles to words, whose low 5 bits choose a value; bit 4 is chance.
+  const __m512i shifts = _mm512_set_epi64(0x3C3C383834343030ll, 0x3C3C383834343030ll, 0x2C2C282824242020ll, 0x2C2C282824242020ll,
+                                          0x1C1C181814141010ll, 0x1C1C181814141010ll, 0x0C0C080804040000ll, 0x0C0C080804040000ll);
+  const __m512i codes = _mm512_multishift_epi64_epi8(shifts, _mm512_broadcast_i32x4(bytes));
+  return _mm512_permutexvar_epi16(codes, _mm512_load_si512(fp4_codes.values[scale]));
 }
 
 // out[kp] = bf16 of x[k], zeros after, in the order of k of the type's pairs.
 inline void prepare(int type, const float *x, int64_t k, int64_t kp, Unit *out) {
   alignas(64) uint16_t order[2][32];
   for (int i = 0; i < 32; i++) {
-    order[0][i] = (uint16_t)(type == RQ_FP8 ? i + i / 8 * 8 : type == RQ_FP4 ? 2 * i : i);
-    order[1][i] = (uint16_t)(type == RQ_FP8 ? i + i / 8 * 8 + 8 : type == RQ_FP4 ? 2 * i + 1 : i + 32);
+    const int fp8 = i + i / 8 * 8, fp4 = i / 8 * 4 + i % 4 + i % 8 / 4 * 16;
+    order[0][i] = (uint16_t)(type == RQ_FP8 ? fp8 : type == RQ_FP4 ? fp4 : i);
+    order[1][i] = (uint16_t)(type == RQ_FP8 ? fp8 + 8 : type == RQ_FP4 ? fp4 + 32 : i + 32);
   }
   const __m512i order_a = _mm512_load_si512(order[0]), order_b = _mm512_load_si512(order[1]);
   for (int64_t j = 0; j < kp; j += CHUNK) {
