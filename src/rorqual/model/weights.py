@@ -106,7 +106,7 @@ class Weights(Protocol):
     def prefetch(self, token_ids: Sequence[int]) -> None:
         """Says which tokens come next: experts that the hash layers will pick for them are read ahead.
 
-        Valid ids (0 to vocab_size - 1) only; changes no result. Does nothing where experts are resident.
+        Changes no result, and ids outside the vocabulary are passed over. Does nothing where experts are resident.
         """
 
 
@@ -139,6 +139,18 @@ class ModelWeights:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._names = dict(zip(model.official_state(), model.state_dict(), strict=True))
+        self._places = [
+            (table, leaf)
+            for module in model.modules()
+            for table in (module._parameters, module._buffers)
+            for leaf, tensor in table.items()
+            if tensor is not None
+        ]
+        self._converted = [
+            (table, leaf)
+            for table, leaf in self._places
+            if table[leaf].dtype == torch.bfloat16 and table[leaf].dim() < 2
+        ]
 
     @property
     def config(self) -> Config:
@@ -177,6 +189,14 @@ class ModelWeights:
 
     def prefetch(self, token_ids: Sequence[int]) -> None:
         """See `Weights.prefetch`."""
+
+    def addresses(self) -> list[int]:
+        """Where every tensor lies now, and the version of those that `vector` converts.
+
+        While it stays the same, what `matrix` and `vector` gave still holds; updates in place are seen.
+        """
+        addresses = [table[leaf].data_ptr() for table, leaf in self._places]
+        return addresses + [table[leaf]._version for table, leaf in self._converted]
 
     def _tensor(self, name: str) -> Tensor:
         path = self._names.get(name) or self._names.get(f"{name}.weight")
