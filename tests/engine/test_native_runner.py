@@ -454,7 +454,7 @@ def test_a_bad_segment_is_refused_before_anything_changes(models, cache_format):
     with pytest.raises(ValueError, match="hidden has 2"):
         paged.runner.forward_hidden([good], hidden=[1, 1])
     for count in (-1, 4):
-        with pytest.raises(ValueError, match="hidden is"):
+        with pytest.raises(ValueError, match="hidden rows"):
             paged.runner.forward_hidden([good], hidden=[count])
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rorqual.engine.native_weights import NativeWeights, matrix_pointers
@@ -29,7 +30,6 @@ from rorqual.kernels.cpu import (
     LayerCache,
     NativeLibrary,
     Pool,
-    SegmentPointers,
     load_library,
 )
 from rorqual.model.config import PAGE_TOKENS
@@ -42,6 +42,16 @@ log = logging.getLogger(__name__)
 
 LOGITS = {"none": 0, "last": 1, "all": 2}
 FORMATS = {"exact": 0, "packed": 1}
+NONE = torch.empty(0)
+SEGMENT = np.dtype(
+    [
+        *[(name, np.int64) for name in ("tokens", "count", "position", "pages", "slab")],
+        *[(name, np.int32) for name in ("logits", "hidden", "frozen", "reserved")],
+    ]
+)
+"""RqSegment (kernels/cpu.py, `SegmentPointers`)."""
+SCRATCH_STEP = 4096
+"""Positions by which the scratch buffer's size is rounded up: it is not asked for at every token."""
 BLOCK_TOKENS = 256
 """Tokens that go through the layers together: bounds the scratch buffer, changes no result."""
 
@@ -105,6 +115,8 @@ class NativeRunner:
         self._pool: Pool | None = None
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch_key: tuple[int, ...] = ()
+        self._scratch_need = 0
         self._failure: BaseException | None = None
         self._loaded: list[Any] = []
         self._resolve = RESOLVE(self._load_experts)
@@ -171,22 +183,16 @@ class NativeRunner:
             self._native = NativeWeights(self._weights)
             self._point()
         wanted = [0] * len(segments) if hidden is None else list(hidden)
-        pointers, _kept, rows = self._segments(segments, wanted)
+        records, _kept, sizes, rows = self._segments(segments, wanted)
         call = self._call
         logits = torch.empty(rows, self.config.vocab_size)
-        states = torch.empty(sum(wanted), self.config.hc_mult, self.config.hidden_size)
+        states = torch.empty(sum(wanted), self.config.hc_mult, self.config.hidden_size) if hidden else NONE
         threads = max(1, self.threads or torch.get_num_threads())
         if threads > 1 and (self._pool is None or self._pool.threads < threads):
             self._pool = Pool(self._library, threads)
-        call.segments, call.segment_count = ctypes.addressof(pointers), len(segments)
+        call.segments, call.segment_count = records.__array_interface__["data"][0], len(segments)
         call.logits, call.hidden, call.threads = logits.data_ptr(), states.data_ptr(), threads
-        need = self._library.forward_scratch(
-            call,
-            tokens=sum(len(segment.tokens) for segment in segments),
-            positions=max((s.position + len(s.tokens) for s in segments), default=0),
-        )
-        if len(self._scratch) < need + 64:
-            self._scratch = torch.empty(need + need // 4 + 64, dtype=torch.uint8)
+        need = self._scratch_for(sizes)
         call.scratch = (self._scratch.data_ptr() + 63) // 64 * 64
         call.scratch_bytes = need
         self._failure = None
@@ -208,29 +214,49 @@ class NativeRunner:
             raise ValueError(self._what_is_wrong(segments[number], number))
         return logits, states
 
-    def _segments(self, segments: Sequence[Segment], hidden: list[int]) -> tuple[Any, list[Any], int]:
-        """The structures, what keeps their pointers alive, and how many rows of logits there are."""
-        if len(hidden) != len(segments):
-            raise ValueError(f"hidden has {len(hidden)} entries for {len(segments)} segments")
-        if any(not 0 <= last <= len(s.tokens) for last, s in zip(hidden, segments, strict=True)):
-            raise ValueError(f"hidden is {hidden}: expected 0 to the segment's tokens for each")
-        if len({segment.slab for segment in segments}) != len(segments):
+    def _segments(
+        self, segments: Sequence[Segment], hidden: list[int]
+    ) -> tuple[NDArray[np.void], Any, tuple[int, int], int]:
+        """RqSegments, what keeps their pointers alive, tokens and furthest position, rows of logits."""
+        count = len(segments)
+        if len(hidden) != count:
+            raise ValueError(f"hidden has {len(hidden)} entries for {count} segments")
+        if len({segment.slab for segment in segments}) != count:
             raise ValueError(f"two segments of a call stand in one slab: {sorted(s.slab for s in segments)}")
-        pointers, kept, rows = (SegmentPointers * len(segments))(), list[Any](), 0
-        for number, (pointer, segment, last) in enumerate(zip(pointers, segments, hidden, strict=True)):
-            tokens = np.ascontiguousarray(segment.tokens, dtype=np.int64)
-            pages = np.ascontiguousarray(segment.pages, dtype=np.int32)
-            end = segment.position + len(tokens)
-            held = len(pages) * PAGE_TOKENS >= end or not self.layout.page_bytes
-            if tokens.ndim != 1 or not held or not 0 <= segment.slab < self.memory.slab_capacity:
+        records = np.empty(count, dtype=SEGMENT)
+        if not count:
+            return records, records, (0, 0), 0
+        paged, slabs = bool(self.layout.page_bytes), self.memory.slab_capacity
+        values, at, page_at, end, rows = [], 0, 0, 0, 0
+        for number, (segment, last) in enumerate(zip(segments, hidden, strict=True)):
+            tokens, pages = len(segment.tokens), len(segment.pages)
+            end = max(end, segment.position + tokens)
+            short = paged and pages * PAGE_TOKENS < segment.position + tokens
+            if short or segment.tokens.ndim != 1 or not 0 <= segment.slab < slabs or not 0 <= last <= tokens:
                 raise ValueError(self._what_is_wrong(segment, number))
-            kept += [tokens, pages]
-            pointer.tokens, pointer.count = tokens.__array_interface__["data"][0], len(tokens)
-            pointer.position, pointer.slab = segment.position, self.memory.slab_address(segment.slab)
-            pointer.pages = pages.__array_interface__["data"][0]
-            pointer.logits, pointer.hidden, pointer.frozen = LOGITS[segment.logits], last, segment.frozen
-            rows += 0 if segment.logits == "none" else 1 if segment.logits == "last" else len(tokens)
-        return pointers, kept, rows
+            wanted = LOGITS[segment.logits]
+            slab = self.memory.slab_address(segment.slab)
+            values.append((at, tokens, segment.position, page_at, slab, wanted, last, segment.frozen, 0))
+            at, page_at = at + 8 * tokens, page_at + 4 * pages
+            rows += wanted if wanted < 2 else tokens
+        records[:] = values
+        every = np.concatenate([segment.tokens for segment in segments]).astype(np.int64, copy=False)
+        table = np.concatenate([segment.pages for segment in segments]).astype(np.int32, copy=False)
+        records["tokens"] += every.__array_interface__["data"][0]
+        records["pages"] += table.__array_interface__["data"][0]
+        return records, (every, table), (at // 8, end), rows
+
+    def _scratch_for(self, sizes: tuple[int, int]) -> int:
+        """Bytes of scratch for so many tokens and positions; there is at least as much then."""
+        tokens, positions = sizes
+        key = (tokens, self._call.segment_count, self._call.threads, positions // SCRATCH_STEP)
+        if key != self._scratch_key:
+            top = (positions // SCRATCH_STEP + 1) * SCRATCH_STEP
+            need = self._library.forward_scratch(self._call, tokens=tokens, positions=top)
+            if len(self._scratch) < need + 64:
+                self._scratch = torch.empty(need + need // 4 + 64, dtype=torch.uint8)
+            self._scratch_key, self._scratch_need = key, need
+        return self._scratch_need
 
     def _what_is_wrong(self, segment: Segment, number: int) -> str:
         """One line about a segment that was refused."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ class ModelWeights:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._names = dict(zip(model.official_state(), model.state_dict(), strict=True))
-        self._places = [
+        self._places: list[tuple[dict[str, Any], str]] = [
             (table, leaf)
             for module in model.modules()
             for table in (module._parameters, module._buffers)
