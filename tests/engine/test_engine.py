@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import rorqual.engine
 from rorqual.engine import ContextOverflow, Engine, PromptError, SamplingParams, SequenceFileError
-from rorqual.engine.engine import predicted_bytes
 from rorqual.model import Config, Model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -120,8 +119,14 @@ def test_a_damaged_file_is_refused(engine, prompt, tmp_path, damage):
 
 def test_the_bytes_held_are_the_bytes_predicted(engine, prompt):
     for length in (1, 15, 16, 17, 64, 129):
-        held = engine.open(prompt(length)).usage().held_bytes
-        assert held == predicted_bytes(engine.config, length, 4)
+        before = engine.pool.statistics()
+        sequence = engine.open(prompt(length, seed=6))
+        usage, now = sequence.usage(), engine.pool.statistics()
+        assert usage.held_bytes == engine.predicted_bytes(length)
+        charged = now.charged_bytes - before.charged_bytes
+        assert now.used_bytes - before.used_bytes == usage.held_bytes + charged
+        assert usage.content_bytes == engine.pool.layout.content_bytes(length)
+        del sequence
 
 
 @pytest.mark.parametrize(("ids", "error"), [([], "empty"), ([97], "97"), ([-1], "-1")])

@@ -148,7 +148,8 @@ def _open(directory: Path, config: ServeConfig) -> Service:
         if not (directory / file).is_file():
             raise CliError(f"{directory / file} is missing: give a model directory", code=UNFIT)
     try:
-        engine = Engine(directory, kv_bytes=config.kv_bytes)
+        # A quarter more than is promised: snapshots and half-filled pages; what is not touched costs nothing.
+        engine = Engine(directory, kv_bytes=(config.kv_bytes + config.cache_bytes) * 5 // 4)
         tokenizer = Tokenizer.from_file(directory)
     except (ModelError, ChatError) as error:
         raise CliError(f"the model in {directory} cannot be loaded: {error}", code=UNFIT) from error

@@ -1,24 +1,46 @@
-"""Engine: cached generation for one model; sequences that grow, fork, rewind and are saved.
+"""Engine: cached generation for one model; sequences that grow, fork, rewind and are saved, over one paged cache.
 
-Owns chunked prefill, sampling, stop conditions and limits. A sequence's tokens are fed once: a `generate` whose
-prompt continues the last one re-uses its state. Many sequences at once: batch.py. Pages, sharing and the packed
-cache formats are a later issue's; today's state is the model's `CacheState`.
+Owns the pieces (pool, runner, prefix tree, store, spills) and the limits. A token whose prefix is known is not fed
+again: from the last `generate`, from the prefix tree in memory, from the store on disk. Many sequences at once:
+batch.py. The native runner computes where it can; else torch does, and the log says why.       (docs/engine.md)
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
-from rorqual.engine.errors import ContextOverflow, PromptError
+from rorqual.engine.errors import (
+    CacheFull,
+    ContextOverflow,
+    EngineError,
+    PromptError,
+    SequenceFileError,
+)
+from rorqual.engine.layout import PAGE_TOKENS, CacheFormat, CacheLayout
+from rorqual.engine.native_runner import native_runner
+from rorqual.engine.pool import PagePool
+from rorqual.engine.prefix import PrefixTree
+from rorqual.engine.runner import Runner
 from rorqual.engine.sampler import SamplingParams, sample
-from rorqual.model import CacheState, Config, Model
+from rorqual.engine.sequence import PagedSequence, Paging
+from rorqual.engine.spill import SpillArea
+from rorqual.engine.store import PageStore, WindowStrategy, load_file, save_file
+from rorqual.engine.torch_runner import TorchRunner
+from rorqual.model import Config, Model
+from rorqual.model.weights import ModelWeights, Weights
 
 __all__ = ["Engine", "FinishReason", "KVUsage", "SequenceState", "TokenEvent"]
+
+log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length"]
 
@@ -41,49 +63,171 @@ class KVUsage:
 
     tokens: int
     held_bytes: int
+    """Of the pool: whole pages, shared ones included, and the sequence's rings."""
     gqa8_bytes: int
     """8 KV heads of the model's head width in BF16, K and V, every layer, every token."""
+    content_bytes: int = 0
+    """Of these, filled by the tokens so far: `cost.kv_bytes` in the packed format."""
 
 
 class Engine:
-    """Generates with a model. `kv_bytes` bounds the cache of one sequence.
+    """Generates with a model: a `Model`, the directory of one, or packed `Weights` (native path only).
 
-    Raises ConfigError or CheckpointError when `model` is a directory that cannot be loaded.
+    kv_bytes: the cache of all sequences together, prefixes included; memory is used as it fills.
+    prefill_chunk: most prompt tokens of a step. cache_format: `exact` (fp32 rows: parity, RL) or `packed` (584-byte
+    entries: long contexts); decision 0010. max_running: most sequences in one step of a batch. prefix_cache: keep
+    prefixes in unused pages. store: a directory that keeps prefixes across restarts, `window` is how it keeps what a
+    restart needs beside the pages. runner: `auto`, or `torch` for the reference path.
+
+    Raises ConfigError or CheckpointError when a directory cannot be loaded, SequenceFileError when `store` cannot be
+    used, EngineError when packed weights have no native library to run them.
     """
 
     def __init__(
-        self, model: Model | str | Path, *, kv_bytes: int = 2 << 30, prefill_chunk: int = 128
+        self,
+        model: Model | Weights | str | Path,
+        *,
+        kv_bytes: int = 2 << 30,
+        prefill_chunk: int = 256,
+        cache_format: CacheFormat = "exact",
+        max_running: int = 256,
+        prefix_cache: bool = True,
+        store: str | Path | None = None,
+        window: WindowStrategy = WindowStrategy.PERIODIC,
+        runner: Literal["auto", "torch"] = "auto",
     ) -> None:
-        self.model = model.eval() if isinstance(model, Model) else Model.from_pretrained(model)
-        self.kv_bytes, self.prefill_chunk = kv_bytes, prefill_chunk
+        if isinstance(model, str | Path):
+            model = Model.from_pretrained(model)
+        self._model = model.eval() if isinstance(model, Model) else None
+        self.weights: Weights = ModelWeights(model) if isinstance(model, Model) else model
+        self.kv_bytes, self.prefill_chunk, self.max_running = kv_bytes, prefill_chunk, max_running
         self._last: SequenceState | None = None
+        self._fingerprint: bytes | None = None
+        self._epoch: int | None = None
+        layout = CacheLayout(self.config, cache_format)
+        self.pool = PagePool(layout, kv_bytes=kv_bytes)
+        self.runner = self._choose(runner)
+        self.paging = Paging(pool=self.pool, runner=self.runner, prefill_chunk=prefill_chunk)
+        self.prefixes = PrefixTree(self.pool, snapshot_bytes=kv_bytes // 4) if prefix_cache else None
+        if self.prefixes is not None:
+            self.pool.reclaim = self.prefixes.evict
+        self.store: PageStore | None = None
+        if store is not None:
+            self.store = PageStore(store, layout, fingerprint=self.fingerprint(), strategy=window)
+        self.spills = SpillArea(memory_bytes=kv_bytes, store=self.store)
+        self.refresh()
+
+    def _choose(self, wanted: Literal["auto", "torch"]) -> Runner:
+        if wanted == "auto":
+            rounds = self._model is not None and self._model.simulate_quant
+            native = native_runner(self.weights, self.pool, simulate_quant=rounds)
+            if native is not None:
+                return native
+        return TorchRunner(self.model, self.pool)
+
+    @property
+    def model(self) -> Model:
+        """The torch model. Raises EngineError for an engine over packed weights."""
+        if self._model is None:
+            raise EngineError("this engine runs packed weights natively: there is no torch model behind it")
+        return self._model
 
     @property
     def config(self) -> Config:
         """The model's configuration."""
-        return self.model.config
+        return self.weights.config
 
-    def open(self, prompt_ids: Sequence[int]) -> SequenceState:
-        """A new sequence that holds `prompt_ids` (prefilled in chunks). Raises PromptError, ContextOverflow."""
-        sequence = SequenceState(self)
-        sequence.append(prompt_ids)
+    def close(self) -> None:
+        """Closes the store. Idempotent."""
+        if self.store is not None:
+            self.store.close()
+
+    # --- sequences
+
+    def open(self, prompt_ids: Sequence[int], *, space: str = "") -> SequenceState:
+        """A new sequence that holds `prompt_ids`; what is cached of them is not fed again.
+
+        space: prefixes of one space are invisible in another. Raises PromptError, ContextOverflow, CacheFull.
+        """
+        ids = list(prompt_ids)
+        self.check(ids)
+        self.refresh()
+        sequence = SequenceState(self, self.begin(ids, space=space))
+        try:
+            sequence.append(ids[sequence.length :])
+        except BaseException:
+            sequence.close()
+            raise
         return sequence
+
+    def begin(self, ids: Sequence[int], *, space: str = "") -> PagedSequence:
+        """A sequence that holds the longest cached prefix of `ids`, at most all but the last token. CacheFull."""
+        if self.prefixes is None:
+            return PagedSequence(self.paging)
+        if self.store is not None:
+            self._load_prefix(ids, space)
+        return self.prefixes.open(self.paging, ids, space=space)[0]
+
+    def _load_prefix(self, ids: Sequence[int], space: str) -> None:
+        """Brings what only the disk knows of `ids` into the prefix tree."""
+        assert self.prefixes is not None and self.store is not None
+        deep = self.store.depth(ids, space=space)
+        if deep <= self.prefixes.match(ids, space=space).known:
+            return
+        known = self.prefixes.pin(ids, space=space)  # making room must not take what the new pages hang on
+        try:
+            pages, snapshots = self.store.load(ids[:deep], pool=self.pool, skip=known, space=space)
+            try:
+                for snapshot in snapshots:
+                    self.pool.charge(snapshot, len(snapshot.data))
+                whole = known + len(pages) * PAGE_TOKENS
+                behind = [-1] * (known // PAGE_TOKENS)  # there already
+                self.prefixes.insert_pages(ids[:whole], [*behind, *pages], snapshots=snapshots, space=space)
+            finally:
+                self.pool.drop_pages(pages)
+        except CacheFull as error:
+            log.info("a prefix on disk is not used: %s", error)
+        finally:
+            self.prefixes.unpin(ids[:known], space=space)
+
+    def keep(self, sequence: PagedSequence, *, space: str = "") -> None:
+        """Makes what `sequence` holds a prefix for others, in memory and on disk. A disk that refuses is told once."""
+        if self.prefixes is not None:
+            self.prefixes.insert(sequence, space=space)
+        if self.store is not None:
+            try:
+                self.store.put(
+                    sequence.token_ids,
+                    sequence.pages,
+                    pool=self.pool,
+                    snapshots=tuple(sequence.snapshots.values()),
+                    space=space,
+                )
+            except SequenceFileError as error:
+                log.warning("a prefix stays in memory only: %s", error)
 
     def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
     ) -> Iterator[TokenEvent]:
         """Streams the tokens that follow `prompt_ids`.
 
-        Continues the last generation's state when `prompt_ids` extends it. Raises PromptError, ContextOverflow
-        before anything is computed.
+        Continues the last generation's sequence when `prompt_ids` extends it. Raises PromptError, ContextOverflow,
+        CacheFull before anything is sampled.
         """
-        ids, last = list(prompt_ids), self._last
+        ids = list(prompt_ids)
         self.check(ids)
-        self._last = None  # a generation that is dropped half-way leaves no half-fed state behind
+        self.refresh()
+        last, self._last = (
+            self._last,
+            None,
+        )  # a generation dropped half-way leaves no half-fed sequence behind
         if last is not None and 0 < last.length <= len(ids) and last.token_ids == ids[: last.length]:
             sequence = last
             sequence.append(ids[last.length :])
         else:
+            if last is not None:
+                self.keep(last.paged)
+            del last
             sequence = self.open(ids)
         self._last = sequence
         return sequence.generate(params or SamplingParams())
@@ -93,13 +237,22 @@ class Engine:
         return None if self._last is None else self._last.usage()
 
     def load(self, path: str | Path) -> SequenceState:
-        """A sequence written by `SequenceState.save`. Raises SequenceFileError."""
-        from rorqual.engine.saved import load_sequence
+        """A sequence written by `SequenceState.save`. Raises SequenceFileError, CacheFull."""
+        self.refresh()
+        paged, logits = load_file(Path(path), self.paging, fingerprint=self.fingerprint())
+        sequence = SequenceState(self, paged)
+        if logits is not None and len(logits) == self.config.vocab_size:
+            sequence.logits = torch.from_numpy(logits)[None]
+        return sequence
 
-        return load_sequence(self, path)
+    # --- limits and identity
+
+    def predicted_bytes(self, tokens: int) -> int:
+        """Bytes of the pool that a sequence of `tokens` tokens takes."""
+        return self.pool.layout.held_bytes(tokens)
 
     def check(self, ids: Sequence[int], *, held: int = 0) -> None:
-        """Raises unless `ids` are valid and fit beside `held` tokens."""
+        """Raises unless `ids` are valid and fit beside `held` tokens, in the context and in an empty cache."""
         limit = self.config.max_position_embeddings
         if not ids and not held:
             raise PromptError("the prompt is empty: give at least one token")
@@ -112,7 +265,7 @@ class Engine:
             raise ContextOverflow(
                 f"{total} tokens do not fit the context of {limit}", tokens=total, limit=limit
             )
-        need = predicted_bytes(self.config, total, self.model.embed.weight.element_size())
+        need = self.predicted_bytes(total)
         if need > self.kv_bytes:
             raise ContextOverflow(
                 f"{total} tokens need {need} bytes of KV cache, the budget is {self.kv_bytes}: raise kv_bytes",
@@ -120,40 +273,103 @@ class Engine:
                 limit=limit,
             )
 
+    def refresh(self) -> None:
+        """Forgets every cached prefix if the model's parameters have changed: they mean nothing to the new ones."""
+        if self._model is None:
+            return
+        epoch = hash(tuple((p.data_ptr(), p._version) for p in self._model.parameters()))
+        if epoch == self._epoch:
+            return
+        if self._epoch is not None:
+            if self.store is not None:
+                raise SequenceFileError(
+                    "the model's parameters have changed, its store holds another model's cache: "
+                    "open a new engine, with another directory"
+                )
+            self._last = self._fingerprint = None
+            if self.prefixes is not None:
+                self.prefixes.clear()
+        self._epoch = epoch
+
+    def fingerprint(self) -> bytes:
+        """SHA-256 over configuration, parameters and cache format: equal iff the cached bytes mean the same."""
+        if self._fingerprint is None:
+            layout = {"format": self.pool.layout.cache_format}
+            digest = hashlib.sha256(json.dumps([self.config.to_dict(), layout], sort_keys=True).encode())
+            if self._model is None:
+                for name, tensor in _sample(self.weights):
+                    digest.update(name.encode())
+                    digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+            else:
+                for name, tensor in sorted(self._model.state_dict().items()):
+                    digest.update(name.encode())
+                    digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+            self._fingerprint = digest.digest()
+        return self._fingerprint
+
+
+def _sample(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """What tells checkpoints apart without reading all of one: every layer's norms, rows of embedding and head."""
+    for name in ("embed", "head"):
+        yield name, weights.matrix(name).data[::64]
+    for layer in range(weights.config.num_hidden_layers):
+        for name in ("attn_norm", "attn.q_norm", "attn.kv_norm", "ffn_norm"):
+            yield name, weights.vector(f"layers.{layer}.{name}")
+
 
 class SequenceState:
-    """One conversation's tokens and cache. Made by `Engine.open`, `fork` or `Engine.load`."""
+    """One conversation's tokens and cache. Made by `Engine.open`, `fork`, `Engine.load` or `Batch.release`.
 
-    def __init__(self, engine: Engine) -> None:
+    Its memory goes back with `close`, or when nobody holds it any more.
+    """
+
+    def __init__(self, engine: Engine, paged: PagedSequence | None = None) -> None:
         self.engine = engine
-        self.token_ids: list[int] = []
+        self.paged = PagedSequence(engine.paging) if paged is None else paged
+        self._logits: torch.Tensor | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
         """Tokens in the cache, in order."""
-        self.state: CacheState = engine.model.new_state(1)
-        self.logits: torch.Tensor | None = None
-        """fp32 [1, V] after the last token."""
+        return self.paged.token_ids
 
     @property
     def length(self) -> int:
         """Tokens held."""
-        return len(self.token_ids)
+        return self.paged.length
 
-    @torch.no_grad()
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """fp32 [1, V] after the last token; None for an empty sequence. After a rewind it is computed when asked."""
+        if self._logits is None and self.length:
+            token = self.token_ids[-1]
+            self.paged.rewind(self.length - 1)
+            self._logits = self.paged.append([token])
+        return self._logits
+
+    @logits.setter
+    def logits(self, value: torch.Tensor | None) -> None:
+        self._logits = value
+
     def append(self, ids: Sequence[int]) -> None:
-        """Feeds `ids` in chunks. Raises PromptError, ContextOverflow; then nothing has changed."""
+        """Feeds `ids` in chunks. Raises PromptError, ContextOverflow, CacheFull; then nothing has changed."""
         ids = list(ids)
         self.engine.check(ids, held=self.length)
-        chunk = self.engine.prefill_chunk
-        for start in range(0, len(ids), chunk):
-            part = ids[start : start + chunk]
-            self.logits = self.engine.model.extend(torch.tensor([part]), self.state)
-            self.token_ids.extend(part)
+        if ids:
+            self._logits, before = None, self._logits
+            try:
+                self._logits = self.paged.append(ids)
+            except CacheFull:
+                self._logits = before
+                raise
 
     def generate(self, params: SamplingParams) -> Iterator[TokenEvent]:
         """Samples until a stop id, `max_tokens` or the end of the context. Every sampled token but the last is fed."""
         limit = self.engine.config.max_position_embeddings
         for count in range(1, params.max_tokens + 1):
-            assert self.logits is not None
-            ids, logprobs = sample(self.logits, [params], [self.length])
+            logits = self.logits
+            assert logits is not None
+            ids, logprobs = sample(logits, [params], [self.length])
             token = int(ids[0])
             reason: FinishReason | None = None
             if token in params.stop_ids:
@@ -166,44 +382,35 @@ class SequenceState:
             self.append([token])
 
     def fork(self) -> SequenceState:
-        """An independent copy."""
-        twin = SequenceState(self.engine)
-        twin.token_ids = list(self.token_ids)
-        twin.state = self.state.select(torch.tensor([0]))
-        twin.logits = self.logits
+        """An independent twin; pages are shared until one of both writes them. Raises CacheFull."""
+        twin = SequenceState(self.engine, self.paged.fork())
+        twin._logits = self._logits
         return twin
 
-    def rewind(self, position: int) -> None:
-        """Goes back to the first `position` tokens, by feeding them anew. Raises ValueError outside 1..length."""
+    def rewind(self, position: int) -> int:
+        """Goes back to the first `position` tokens; returns how many tokens had to be fed again for it.
+
+        None within the layout's slack (16), else those since the last snapshot before it, at most
+        `sequence.replay_tokens`. Raises ValueError outside 1..length.
+        """
         if not 1 <= position <= self.length:
             raise ValueError(f"cannot rewind to {position}: the sequence holds {self.length} tokens")
-        if position == self.length:
-            return
-        fresh = self.engine.open(self.token_ids[:position])
-        self.token_ids, self.state, self.logits = fresh.token_ids, fresh.state, fresh.logits
+        if position < self.length:
+            self._logits = None
+        return self.paged.rewind(position)
 
     def save(self, path: str | Path) -> None:
-        """Writes tokens and cache to one file, atomically."""
-        from rorqual.engine.saved import save_sequence
-
-        save_sequence(self, path)
+        """Writes tokens, cache and logits to one file, atomically. Raises SequenceFileError when it cannot."""
+        logits = None if self._logits is None else self._logits.numpy().astype(np.float32).ravel()
+        save_file(Path(path), self.paged, fingerprint=self.engine.fingerprint(), logits=logits)
 
     def usage(self) -> KVUsage:
         """Bytes this sequence's cache holds."""
-        config = self.engine.config
+        config, layout = self.engine.config, self.engine.pool.layout
         per_token = 2 * 8 * config.head_dim * 2 * config.num_hidden_layers
-        return KVUsage(self.length, self.state.held_bytes(), per_token * self.length)
+        held = len(self.paged.pages) * layout.page_bytes + layout.slab_bytes
+        return KVUsage(self.length, held, per_token * self.length, layout.content_bytes(self.length))
 
-
-def predicted_bytes(config: Config, tokens: int, element_size: int) -> int:
-    """Bytes `CacheState.held_bytes` reports for one sequence of `tokens` tokens."""
-    total = 0
-    for ratio in config.compress_ratios:
-        total += min(tokens, config.sliding_window) * config.head_dim * element_size
-        if ratio:
-            overlap = ratio == config.csa_ratio
-            coff = 2 if overlap else 1
-            widths = [config.head_dim, config.index_head_dim] if overlap else [config.head_dim]
-            for width in widths:
-                total += (coff * ratio - 1) * 2 * coff * width * 4 + tokens // ratio * width * element_size
-    return total
+    def close(self) -> None:
+        """Gives its memory back. Idempotent."""
+        self.paged.close()

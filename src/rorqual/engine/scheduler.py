@@ -1,0 +1,284 @@
+"""Scheduler: continuous batching: which sequences a step advances, by how many tokens, and who makes room for whom.
+
+Every decoding row brings its one token; rows with more to feed (prompts, tool results) share a budget of
+`prefill_chunk` tokens a step, so that a long prompt delays the others by a chunk, never by itself. Precedence is
+priority, then arrival. When the pool is full and no unused prefix can go, the row of least precedence is preempted:
+spilled exactly, and resumed when there is room; waiting rows (whose caller is busy) go first. Equal prompts that
+arrive together are fed once.                                                               (spec/engines.md 7)
+Owns rows and their order. What a token means is the caller's matter; bytes are the pool's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+from rorqual.engine.errors import CacheFull
+from rorqual.engine.sampler import SamplingParams, sample
+from rorqual.engine.sequence import PagedSequence
+from rorqual.engine.spill import Spilled
+
+if TYPE_CHECKING:
+    from rorqual.engine.engine import Engine
+
+__all__ = ["Drawn", "Row", "Scheduler"]
+
+T = TypeVar("T")
+
+RESUME_MARGIN = 4
+"""Pages that must be free beside a spilled sequence before it comes back while others run: no ping-pong."""
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One sequence in the scheduler."""
+
+    key: int
+    params: SamplingParams
+    order: int
+    """Of arrival."""
+    pending: deque[int] = field(default_factory=deque)
+    """Tokens to feed before sampling again."""
+    priority: int = 0
+    """Higher goes first."""
+    space: str = ""
+    """Whose prefixes it may use."""
+    sequence: PagedSequence | None = None
+    spilled: Spilled | None = None
+    leader: Row | None = None
+    """Feeds the same prompt: this row waits, and starts as its fork."""
+    sampled: int = 0
+    """Tokens sampled in this turn."""
+    waiting: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens held, in the pool or spilled."""
+        if self.sequence is not None:
+            return self.sequence.length
+        return len(self.spilled.token_ids) if self.spilled is not None else 0
+
+    @property
+    def precedence(self) -> tuple[int, int]:
+        """Smaller goes first."""
+        return (-self.priority, self.order)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token that was sampled for a row."""
+
+    row: Row
+    token_id: int
+    logprob: float
+
+
+class Scheduler:
+    """Rows over one engine's pool. Not thread-safe.
+
+    `prefixes`: whether rows begin at cached prefixes and leave theirs behind.
+    """
+
+    def __init__(self, engine: Engine, *, prefixes: bool) -> None:
+        self.engine, self.prefixes = engine, prefixes
+        self.rows: dict[int, Row] = {}
+        self.preemptions = 0
+        self._orders = 0
+
+    # --- rows come and go
+
+    def add(self, row: Row) -> None:
+        """Takes a row in. Its order of arrival is set here."""
+        assert row.key not in self.rows
+        row.order, self._orders = self._orders, self._orders + 1
+        self.rows[row.key] = row
+
+    def remove(self, key: int) -> None:
+        """Lets a row go, whatever it is doing; its memory is free at once, its prefix stays cached."""
+        row = self.rows.pop(key)
+        self._disband(row)
+        if row.sequence is not None:
+            self._keep(row)
+            row.sequence.close()
+        if row.spilled is not None:
+            self.engine.spills.drop(row.spilled)
+
+    def take(self, key: int) -> PagedSequence:
+        """Lets a row go and returns its sequence, brought back if it was spilled. Raises CacheFull."""
+        row = self.rows[key]
+        self._in_pool(row, chosen=frozenset())
+        self._disband(self.rows.pop(key))
+        assert row.sequence is not None
+        return row.sequence
+
+    def _disband(self, row: Row) -> None:
+        """Rows that waited for this one's prompt begin on their own: the first of them leads."""
+        followers = [other for other in self.rows.values() if other.leader is row]
+        for other in followers:
+            other.leader = followers[0] if other is not followers[0] else None
+
+    def _keep(self, row: Row) -> None:
+        if self.prefixes and row.sequence is not None:
+            self.engine.keep(row.sequence, space=row.space)
+
+    # --- a step
+
+    def step(self) -> list[Drawn]:
+        """Advances the rows by one call of the runner; returns what was sampled, in order of arrival.
+
+        Raises CacheFull when one row alone does not fit the pool (it then waits, for `remove`); whatever the runner
+        raises, with no token counted as fed.
+        """
+        calls = self._plan()
+        if not calls:
+            return []
+        segments = []
+        for row, ids in calls:
+            assert row.sequence is not None
+            wanted = "last" if len(ids) == len(row.pending) else "none"
+            segments.append(row.sequence.segment(ids, logits=wanted))  # type: ignore[arg-type]
+        try:
+            logits = self.engine.runner.forward(segments)
+        except BaseException:
+            for row, ids in calls:
+                if row.sequence is not None:
+                    row.sequence.failed(len(ids))
+            raise
+        drawing, picks = list[Row](), list[int]()
+        number = 0
+        for row, ids in calls:
+            assert row.sequence is not None
+            row.sequence.advance(ids)
+            for _ in ids:
+                row.pending.popleft()
+            if not row.pending:
+                for other in (row, *self._start_followers(row)):
+                    drawing.append(other)
+                    picks.append(number)
+                number += 1
+        return self._draw(logits, drawing, picks)
+
+    def _draw(self, logits: Tensor, drawing: list[Row], picks: list[int]) -> list[Drawn]:
+        if not drawing:
+            return []
+        order = sorted(range(len(drawing)), key=lambda n: drawing[n].order)
+        rows = [drawing[n] for n in order]
+        chosen = logits[[picks[n] for n in order]]
+        ids, logprobs = sample(chosen, [row.params for row in rows], [row.length for row in rows])
+        out = []
+        for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+            row.sampled += 1
+            row.pending.append(token)
+            out.append(Drawn(row, token, logprob))
+        return out
+
+    def _start_followers(self, leader: Row) -> list[Row]:
+        """Forks for the rows that waited for `leader`'s prompt; those without room go on by themselves."""
+        started = []
+        for row in [other for other in self.rows.values() if other.leader is leader]:
+            row.leader = None
+            assert leader.sequence is not None
+            try:
+                row.sequence = leader.sequence.fork()
+            except CacheFull:
+                continue
+            row.pending.clear()
+            started.append(row)
+        return started
+
+    def _plan(self) -> list[tuple[Row, list[int]]]:
+        """Rows of this step, in the pool and with pages for the tokens they bring."""
+        ready = [row for row in self.rows.values() if not row.waiting and row.pending and row.leader is None]
+        ready.sort(key=lambda row: row.precedence)
+        budget = self.engine.prefill_chunk
+        calls: list[tuple[Row, list[int]]] = []
+        chosen: set[Row] = set()
+        for row in ready[: self.engine.max_running]:
+            if budget <= 0 and len(row.pending) > 1:
+                continue
+            try:
+                ids = self._admit(row, budget, chosen)
+            except CacheFull as error:
+                if not calls and row is ready[0]:
+                    row.waiting = True
+                    raise CacheFull(
+                        f"sequence {row.key}: {error}", need=error.need, limit=error.limit
+                    ) from error
+                break  # whoever comes later has less right to the memory
+            if ids:
+                calls.append((row, ids))
+                chosen.add(row)
+                budget -= len(ids) if len(ids) > 1 else 0
+        return calls
+
+    def _admit(self, row: Row, budget: int, chosen: set[Row]) -> list[int]:
+        """Brings `row` into the pool with pages for its next tokens, which are returned. Raises CacheFull."""
+        if row.spilled is not None and row.sequence is None and chosen and not self._fits_again(row):
+            return []
+        self._in_pool(row, chosen)
+        sequence = row.sequence
+        assert sequence is not None
+        count = sequence.chunk(min(len(row.pending), budget)) if len(row.pending) > 1 else 1
+        self._with_room(row, chosen, lambda: sequence.reserve(count))
+        return list(itertools.islice(row.pending, count))
+
+    def _in_pool(self, row: Row, chosen: set[Row] | frozenset[Row]) -> None:
+        if row.sequence is not None:
+            return
+        engine, spilled = self.engine, row.spilled
+        if spilled is not None:
+            row.sequence = self._with_room(row, chosen, lambda: engine.spills.restore(spilled, engine.paging))
+            row.spilled = None
+            if not row.sequence.length:  # its tokens alone were kept
+                row.pending.extendleft(reversed(spilled.token_ids))
+        elif self.prefixes:
+            ids = list(row.pending)
+            row.sequence = self._with_room(row, chosen, lambda: engine.begin(ids, space=row.space))
+            for _ in range(row.sequence.length):
+                row.pending.popleft()
+        else:
+            row.sequence = self._with_room(row, chosen, lambda: PagedSequence(engine.paging))
+
+    def _fits_again(self, row: Row) -> bool:
+        layout, pool = self.engine.paging.pool.layout, self.engine.paging.pool
+        need = layout.held_bytes(row.length) + RESUME_MARGIN * layout.page_bytes
+        return pool.used_bytes + need <= pool.kv_bytes
+
+    def _with_room(self, row: Row, chosen: set[Row] | frozenset[Row], act: Callable[[], T]) -> T:
+        """`act()`, preempting rows of less precedence until it has its memory. Raises CacheFull when none is left."""
+        while True:
+            try:
+                return act()
+            except CacheFull:
+                victim = self._victim(row, chosen)
+                if victim is None:
+                    raise
+                self._preempt(victim)
+
+    def _victim(self, row: Row, chosen: set[Row] | frozenset[Row]) -> Row | None:
+        others = [
+            other
+            for other in self.rows.values()
+            if other is not row
+            and other not in chosen
+            and other.sequence is not None
+            and (other.waiting or other.precedence > row.precedence)
+        ]
+        return max(others, key=lambda other: (other.waiting, other.precedence), default=None)
+
+    def _preempt(self, row: Row) -> None:
+        assert row.sequence is not None
+        self.preemptions += 1
+        row.spilled = self.engine.spills.spill(row.sequence, space=row.space)
+        row.sequence = None
+
+    def finish_turn(self, rows: Sequence[Row]) -> None:
+        """These rows wait for their callers from now on: what they hold becomes a prefix for others."""
+        for row in rows:
+            row.waiting = True
+            self._keep(row)

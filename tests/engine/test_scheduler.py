@@ -1,0 +1,256 @@
+"""Continuous batching: chunks beside decodes, priorities, preemption by spill, cancellation; each sequence exact."""
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from rorqual.engine import (
+    Batch,
+    CacheFull,
+    ContextOverflow,
+    Engine,
+    EngineError,
+    SamplingParams,
+    SequenceFileError,
+)
+from rorqual.engine.store import WindowStrategy
+
+
+def _params(key, tokens=12):
+    return SamplingParams(seed=3, sequence=key, max_tokens=tokens)
+
+
+def _drain(batch):
+    out = {}
+    while batch.busy:
+        for event in batch.step():
+            out.setdefault(event.key, []).append(event.token_id)
+    return out
+
+
+def _alone(engine, ids, params):
+    fresh = Engine(engine.model, cache_format=engine.pool.layout.cache_format, prefix_cache=False)
+    return [event.token_id for event in fresh.generate(ids, params)]
+
+
+def test_a_long_prompt_delays_the_others_by_a_chunk_a_step(engine, prompt):
+    batch = Batch(engine)  # chunks of 32
+    batch.add({0: prompt(8)}, {0: _params(0, 30)})
+    batch.step()
+    batch.add({1: prompt(300)}, {1: _params(1, 3)})
+    steps = 0
+    while [event.key for event in batch.step()] == [0]:
+        steps += 1
+    assert steps >= 300 // 32
+
+
+def test_priority_comes_before_arrival(engine, prompt):
+    batch = Batch(Engine(engine.model, prefill_chunk=32, max_running=1))
+    batch.add({0: prompt(40)}, {0: _params(0, 4)})
+    batch.add({1: prompt(40, seed=1)}, {1: _params(1, 4)}, priority=1)
+    order = []
+    while batch.busy:
+        order += [event.key for event in batch.step()]
+    assert order == [1, 1, 1, 1, 0, 0, 0, 0]
+
+
+def test_equal_prompts_are_fed_once(engine, prompt, monkeypatch):
+    fed = []
+    real = engine.runner.forward
+    monkeypatch.setattr(
+        engine.runner,
+        "forward",
+        lambda segments: (fed.append(sum(len(s.tokens) for s in segments)), real(segments))[1],
+    )
+    batch = Batch(engine, prefixes=False)
+    batch.add(dict.fromkeys(range(8), prompt(100)), {key: _params(key, 1) for key in range(8)})
+    events = []
+    while batch.busy:
+        events += batch.step()
+    assert sum(fed) == 100 and sorted(event.key for event in events) == list(range(8))
+
+
+def test_the_first_of_equal_prompts_may_leave_before_it_is_through(engine, prompt):
+    batch = Batch(engine)
+    batch.add(dict.fromkeys(range(3), prompt(150)), {key: _params(key) for key in range(3)})
+    batch.step()
+    batch.remove(0)
+    got = _drain(batch)
+    assert got == {key: _alone(engine, prompt(150), _params(key)) for key in (1, 2)}
+
+
+@pytest.mark.parametrize("cache_format", ["exact", "packed"])
+@pytest.mark.parametrize("disk", [False, True])
+def test_preempted_sequences_say_what_they_would_have_said(engine, prompt, tmp_path, disk, cache_format):
+    small = _sized(engine, cache_format, 1.9, 300, store=tmp_path if disk else None)
+    prompts = {key: prompt(130 + 60 * key, seed=key) for key in range(3)}
+    batch = Batch(small)
+    batch.add(prompts, {key: _params(key, 30) for key in prompts})
+    got = _drain(batch)
+    assert batch.preemptions > 0 and small.spills.recomputed == 0
+    assert got == {
+        key: _alone(_sized(engine, cache_format, 9, 300), ids, _params(key, 30))
+        for key, ids in prompts.items()
+    }
+    for key in prompts:
+        batch.remove(key)
+    del batch
+    gc.collect()
+    assert small.spills.held_bytes == 0
+    small.pool.check_integrity([small.prefixes.held_pages()], slabs=[])
+    small.close()
+
+
+def _sized(engine, cache_format, sequences, tokens, **options):
+    layout = Engine(engine.model, cache_format=cache_format).pool.layout
+    return Engine(
+        engine.model,
+        kv_bytes=int(sequences * layout.held_bytes(tokens)),
+        cache_format=cache_format,
+        prefill_chunk=64,
+        **options,
+    )
+
+
+def test_a_full_disk_while_spilling_loses_nothing(engine, prompt, tmp_path, monkeypatch):
+    small = _sized(engine, "exact", 1.9, 260, store=tmp_path)
+
+    def full(*args, **kwargs):
+        raise SequenceFileError("cannot be written: No space left on device")
+
+    monkeypatch.setattr(small.store, "put", full)
+    prompts = {key: prompt(230 + key, seed=key) for key in range(3)}
+    batch = Batch(small)
+    batch.add(prompts, {key: _params(key, 30) for key in prompts})
+    assert _drain(batch) == {key: _alone(engine, ids, _params(key, 30)) for key, ids in prompts.items()}
+    assert batch.preemptions > 0
+    small.close()
+
+
+def test_without_room_to_spill_the_tokens_are_fed_again(engine, prompt):
+    small = _sized(engine, "exact", 1.9, 260)
+    small.spills.memory_bytes = 0
+    prompts = {key: prompt(230 + key, seed=key) for key in range(3)}
+    batch = Batch(small)
+    batch.add(prompts, {key: _params(key, 30) for key in prompts})
+    assert _drain(batch) == {key: _alone(engine, ids, _params(key, 30)) for key, ids in prompts.items()}
+    assert small.spills.recomputed == small.spills.spilled > 0
+
+
+def test_a_prefix_is_hit_beside_preempted_sequences(engine, prompt):
+    small = _sized(engine, "exact", 3.2, 300)
+    batch = Batch(small, prefixes=True)
+    batch.add({0: prompt(270)}, {0: _params(0, 10)})
+    first = _drain(batch)[0]
+    again = prompt(270) + first + prompt(20, seed=4)
+    batch.remove(0)
+    others = {key: prompt(200, seed=key) for key in (1, 2, 3)}
+    batch.add(others, {key: _params(key, 40) for key in others})
+    batch.step()
+    batch.add({4: again}, {4: _params(4)}, priority=5)
+    got = _drain(batch)
+    assert got[4] == _alone(engine, again, _params(4))
+    assert got[2] == _alone(engine, others[2], _params(2, 40))
+    assert small.prefixes.statistics().hit_tokens == 256 and batch.preemptions > 0
+
+
+def test_a_reply_cancelled_in_the_middle_and_sent_again_is_not_computed_again(engine, prompt):
+    fresh = Engine(engine.model, prefill_chunk=64)
+    batch = Batch(fresh, prefixes=True)
+    batch.add({0: prompt(250)}, {0: _params(0, 40)})
+    said = []
+    while len(said) < 20:
+        said += [event.token_id for event in batch.step()]
+    batch.remove(0)
+    fresh.pool.check_integrity([fresh.prefixes.held_pages()], slabs=[])
+    resent = prompt(250) + said
+    batch.add({1: resent}, {1: _params(0, 20)})
+    assert _drain(batch)[1] == _alone(engine, prompt(250), _params(0, 40))[20:]
+    assert fresh.prefixes.statistics().hit_tokens == 256
+
+
+def test_more_tokens_than_memory_is_a_clear_error_before_damage(engine, prompt):
+    small = _sized(engine, "exact", 1, 256)
+    batch = Batch(small)
+    with pytest.raises(ContextOverflow, match="raise kv_bytes"):
+        batch.add({0: prompt(10), 1: prompt(400)}, {0: _params(0), 1: _params(1)})
+    assert len(batch) == 0
+    batch.add({0: prompt(200)}, {0: _params(0, 200)})
+    with pytest.raises(CacheFull, match="sequence 0"):
+        _drain(batch)
+    assert not batch.busy and len(batch) == 1
+    batch.remove(0)
+    batch.add({1: prompt(30)}, {1: _params(1)})
+    assert _drain(batch)[1] == _alone(engine, prompt(30), _params(1))
+
+
+def test_a_runner_that_fails_costs_no_token(engine, prompt, monkeypatch):
+    batch = Batch(engine)
+    batch.add({0: prompt(70), 1: prompt(90)}, {0: _params(0), 1: _params(1)})
+    real = engine.runner.forward
+    got, calls = {0: [], 1: []}, []
+
+    def shaky(segments):
+        calls.append(len(segments))
+        logits = real(segments)
+        if len(calls) in (2, 3, 8, 9, 15):  # prompts, the repair of the rings, decodes
+            raise OSError("an expert cannot be read")
+        return logits
+
+    monkeypatch.setattr(engine.runner, "forward", shaky)
+    failures = 0
+    while batch.busy:
+        try:
+            for event in batch.step():
+                got[event.key].append(event.token_id)
+        except OSError:
+            failures += 1
+    monkeypatch.undo()
+    assert failures == 5
+    assert got == {0: _alone(engine, prompt(70), _params(0)), 1: _alone(engine, prompt(90), _params(1))}
+
+
+def test_sequences_move_between_hands(engine, prompt):
+    batch = Batch(engine)
+    sequence = engine.open(prompt(60))
+    batch.adopt(7, sequence, next_id=5, params=_params(7, 6))
+    said = [event.token_id for _ in range(4) for event in batch.step()]
+    back = batch.release(7)
+    assert back.token_ids == [*prompt(60), 5, *said[:3]] and len(batch) == 0
+    assert said == _alone(engine, [*prompt(60), 5], _params(7, 4))
+    with pytest.raises(EngineError, match="its own engine"):
+        Batch(Engine(engine.model)).adopt(0, back, next_id=1, params=_params(0))
+
+
+def test_changed_parameters_make_cached_prefixes_worthless(models, prompt):
+    model = copy.deepcopy(models["exact"])
+    engine = Engine(model)
+    before = engine.open(prompt(300)).logits
+    engine.keep(engine.open(prompt(300)).paged)
+    assert engine.prefixes.match(prompt(300)).tokens == 256
+    with torch.no_grad():
+        model.head.weight.mul_(1.5)
+        model.layers[0].attn.wkv.weight.mul_(0.5)
+    after = engine.open(prompt(300)).logits
+    assert engine.prefixes.statistics().hit_tokens == 0
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt(300)]))[:, -1]
+    torch.testing.assert_close(after, expected, atol=2e-5, rtol=0)
+    assert (after - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("window", list(WindowStrategy))
+def test_an_engine_that_is_restarted_goes_on_from_its_store(engine, prompt, tmp_path, window):
+    long = prompt(300) + prompt(80, seed=2)
+    with_store = {"store": tmp_path, "window": window, "prefill_chunk": 64}
+    first = Engine(engine.model, **with_store)
+    said = [event.token_id for event in first.generate(prompt(300), _params(0))]
+    first.keep(first._last.paged)
+    first.close()
+    second = Engine(engine.model, **with_store)
+    again = [event.token_id for event in second.generate(long, _params(1))]
+    assert second.prefixes.statistics().hit_tokens == 256
+    assert again == _alone(engine, long, _params(1)) and said
+    second.close()
