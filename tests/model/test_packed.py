@@ -16,8 +16,10 @@ from rorqual.model import CheckpointError, Config, ConfigError, checks, packed
 from rorqual.model.packed import PackedWeights, open_weights
 from rorqual.model.quant import pack_fp8_weight
 from rorqual.model.shapes import expected_shapes
+from rorqual.model.synth import synth
 from tests.model.test_checkpoint import SMALL, hf_names, random_state, write
 from tests.oracles.official_checkpoint import official
+from tests.snippets import run_python
 
 State = dict[str, Tensor]
 
@@ -332,6 +334,12 @@ def test_shards_are_one_checkpoint(tmp_path: Path, state: State) -> None:
         where |= dict.fromkeys(part, file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     same(tmp_path, state)
+
+
+def test_the_python_of_the_page_runs(tmp_path: Path) -> None:
+    synth(tmp_path, Config.preset("tiny"))
+    names = run_python("docs/checkpoints.md", directory=tmp_path, expert_bytes=1 << 20)
+    assert names["matrix"].kind == "fp8" and names["stats"].misses == 1
 
 
 def test_all_lists_every_public_name() -> None:

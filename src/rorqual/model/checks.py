@@ -17,6 +17,13 @@ __all__ = ["TOP_SCALE", "bad_scales", "bad_values", "check_tensor", "check_value
 
 PIECE = 4 << 20
 """Elements looked at together."""
+EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+"""Integer view, and the exponent's bits: all set in NaN and infinity alone."""
 TOP_SCALE = {"fp8": 246, "fp4": 252}
 """The highest ue8m0 byte whose largest value (448, 6) is finite in fp32 and bf16."""
 
@@ -24,17 +31,20 @@ TOP_SCALE = {"fp8": 246, "fp4": 252}
 def bad_values(data: Tensor, *, fp8: bool = False) -> int:
     """How many elements are NaN or infinite; `fp8`: `data` holds e4m3 codes as uint8, of which 0x7f and 0xff are."""
     count = 0
-    flat = data.reshape(-1)
+    flat = data.detach().reshape(-1)
+    bits, mask = (torch.uint8, 0x7F) if fp8 else EXPONENTS[flat.dtype]
     for start in range(0, len(flat), PIECE):
-        piece = flat[start : start + PIECE]
-        bad = (piece & 0x7F) == 0x7F if fp8 else ~torch.isfinite(piece)
-        if bool(bad.any()):
-            count += int(bad.sum())
+        # a maximum is ten times faster than a count, and numpy's than torch's: damage is rare, weights are many
+        masked = flat[start : start + PIECE].view(bits).numpy() & mask
+        if masked.max() == mask:
+            count += int((masked == mask).sum())
     return count
 
 
 def bad_scales(scale: Tensor, kind: str) -> int:
     """How many ue8m0 bytes are NaN (255), or so high that a value of their block could be infinite."""
+    if not scale.numel() or int(scale.max()) <= TOP_SCALE[kind]:
+        return 0
     return int((scale > TOP_SCALE[kind]).sum())
 
 

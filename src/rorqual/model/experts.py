@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -229,7 +230,10 @@ class ExpertCache(Generic[_T]):
             return self._free.pop()
         if self._made < self.slots:
             self._made += 1
-            return mmap.mmap(-1, self.slot_bytes)
+            slot = mmap.mmap(-1, self.slot_bytes)
+            with suppress(OSError):  # a kernel without huge pages
+                slot.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults at the first read
+            return slot
         for key, entry in self._entries.items():
             if key not in self._pinned and all(future.done() for future in entry.futures):
                 del self._entries[key]
