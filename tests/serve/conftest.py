@@ -3,6 +3,7 @@
 import threading
 from contextlib import contextmanager
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -79,6 +80,16 @@ class Running:
             max_retries=0,
             timeout=60,
             http_client=httpx.Client(trust_env=False, timeout=60),
+            **{"_strict_response_validation": True, **options},
+        )
+
+    def anthropic(self, key="none", **options):
+        return anthropic.Anthropic(
+            base_url=self.url,
+            api_key=key,
+            max_retries=0,
+            timeout=60,
+            http_client=anthropic.DefaultHttpxClient(trust_env=False),
             **{"_strict_response_validation": True, **options},
         )
 

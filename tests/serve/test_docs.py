@@ -38,7 +38,7 @@ def test_the_paths_are_those_of_the_server(server):
 
 
 def test_every_refused_parameter_is_named():
-    section = TEXT.split("Not done yet")[1].split("## The next turn")[0]
+    section = TEXT.split("Not done yet")[1].split("## Anthropic")[0]
     for name in (
         "n",
         "logprobs",

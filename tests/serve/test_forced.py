@@ -28,10 +28,11 @@ def two_part_script(tokenizer, place, *, ending):
         text = tokenizer.decode(prompt)
         name = 'look">' if text.endswith('invoke name="') else ""
         if name or text.endswith('look">'):
-            return written(
+            body = (
                 f'{name}\n<｜DSML｜parameter name="place" string="true">{place}</｜DSML｜parameter>\n'
                 "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
-            ) + [tokenizer.eos_id]
+            )
+            return [*written(body), tokenizer.eos_id]
         return thoughts
 
     return script

@@ -14,6 +14,7 @@ from rorqual.serve.errors import (
     ServeError,
     ShuttingDown,
     Unauthorized,
+    WrongHost,
 )
 from rorqual.serve.server import Server, open_socket
 from rorqual.serve.service import Service
@@ -31,6 +32,7 @@ __all__ = [
     "Service",
     "ShuttingDown",
     "Unauthorized",
+    "WrongHost",
     "create_app",
     "key_digest",
     "open_socket",

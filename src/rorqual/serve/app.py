@@ -14,10 +14,12 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from rorqual import __version__
+from rorqual.serve.anthropic_paths import add_anthropic
 from rorqual.serve.documentation import documentation_page
 from rorqual.serve.errors import ServeError
 from rorqual.serve.failures import add_error_handlers
 from rorqual.serve.guard import Guard
+from rorqual.serve.responses_paths import add_responses
 from rorqual.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from rorqual.serve.service import Service
 from rorqual.serve.transport import ApiResponse
@@ -43,18 +45,26 @@ def create_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         default_response_class=ApiResponse,
-        responses={"4XX": {"description": "OpenAI's error object"}},
+        responses={"4XX": {"description": "The protocol's error object"}},
     )
     app.add_middleware(Guard, config=service.config, metrics=service.metrics)
     if service.config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.config.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=[
+                "authorization",
+                "content-type",
+                "x-api-key",
+                "anthropic-version",
+                "anthropic-beta",
+            ],
         )
     add_error_handlers(app, service.metrics)
     _add_api(app, service)
+    add_anthropic(app, service)
+    add_responses(app, service)
     _add_operations(app, service)
     return app
 

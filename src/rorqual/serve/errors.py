@@ -4,6 +4,7 @@ ServeError                 status, type, param, code, headers
 ├── BadRequest             400: a field is wrong, or names something this server does not do
 ├── ContextTooLong         400 context_length_exceeded: the numbers are in the text and in fields
 ├── Unauthorized           401: no key, or a wrong one
+├── WrongHost              403: the Host header names another server
 ├── NotFound               404: no such model or path
 ├── BodyTooLarge           413: the request's body
 ├── Overloaded             429: the queue is full; Retry-After says when to come back
@@ -26,6 +27,7 @@ __all__ = [
     "ServeError",
     "ShuttingDown",
     "Unauthorized",
+    "WrongHost",
 ]
 
 
@@ -68,6 +70,12 @@ class Unauthorized(ServeError):
     """No API key, or a wrong one."""
 
     status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class WrongHost(ServeError):
+    """The Host header names none of the hosts that this server answers to."""
+
+    status, type, code = 403, "permission_error", "wrong_host"
 
 
 class NotFound(ServeError):

@@ -1,4 +1,4 @@
-"""Guard: what stands before every path but /health: the API key, then the limit of the body.
+"""Guard: what stands before the paths: the Host header, then (except on /health) the API key, then the body's limit.
 
 Keys are compared as digests, in constant time. A body is counted while it comes, whatever its header says.
 """
@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rorqual.serve.config import ServeConfig, key_digest
-from rorqual.serve.errors import BodyTooLarge, ServeError, Unauthorized
+from rorqual.serve.errors import BodyTooLarge, ServeError, Unauthorized, WrongHost
+from rorqual.serve.failures import error_body
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.transport import ApiResponse
 
@@ -37,6 +38,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         try:
+            self._check_host(headers)
             tenant = "" if scope["path"] in OPEN_PATHS else self._tenant(headers)
             self._check_length(headers)
         except ServeError as error:
@@ -44,12 +46,23 @@ class Guard:
             challenge = {"www-authenticate": "Bearer"} if error.status == 401 else {}
             # An unread body would be taken for the next request.
             response = ApiResponse(
-                error.envelope(), status_code=error.status, headers={"connection": "close", **challenge}
+                error_body(scope["path"], error),
+                status_code=error.status,
+                headers={"connection": "close", **challenge},
             )
             await response(scope, receive, send)
             return
         scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, self._counted(receive), send)
+
+    def _check_host(self, headers: Headers) -> None:
+        allowed = self._config.allowed_hosts
+        if not allowed:
+            return
+        host = headers.get("host", "")
+        name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+        if name.lower() not in (one.lower() for one in allowed):
+            raise WrongHost(f"this server does not answer to the host {name[:200]!r}")
 
     def _tenant(self, headers: Headers) -> str:
         if not self._config.key_digests:

@@ -20,6 +20,7 @@ __all__ = [
     "CompletionRequest",
     "ConversationRequest",
     "DetokenizeRequest",
+    "EmptyList",
     "NamedToolChoice",
     "SamplingRequest",
     "StreamOptions",
@@ -69,7 +70,7 @@ class CallFunction(Strict):
 
     name: str = Field(min_length=1, max_length=512)
     arguments: str = "{}"
-    parsed_arguments: None = None
+    parsed_arguments: Any = None
     """The openai package's own, which `model_dump` writes."""
 
 
