@@ -5,13 +5,17 @@ STAMP  := $(VENV)/.setup-stamp
 ARGS   ?=
 CODE   := $(wildcard src tests benchmarks examples scripts)
 
-.PHONY: demo test check setup host format clean
+.PHONY: demo test test-gpu check setup host format clean
 
 demo: setup          ## set up, then watch a V4 model work on fresh tasks in a real container
 	@$(VENV)/bin/rorqual demo $(ARGS)
 
 test: setup check    ## set up, then every check and test
 	@$(PY) -m pytest $(ARGS)
+
+test-gpu: setup      ## the Triton kernels: on a GPU, else interpreted; adds triton (0.7 GB) to the environment
+	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(VENV)/bin/pip install -q triton==3.7.1  # torch 2.13's own
+	@$(PY) -m pytest tests/kernels/test_gpu_*.py $(ARGS)
 
 check: setup         ## ruff, mypy --strict, import contracts, generated files
 	@$(VENV)/bin/ruff check $(CODE)

@@ -43,7 +43,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Try what this host can do. Exit code 3 if the agent cannot run here."""
-    findings = [*_python(), *_cpu(), *run_async(_sandbox()), *_host()]
+    findings = [*_python(), *_cpu(), *_gpu(), *run_async(_sandbox()), *_host()]
     unfit = any(finding.needed and not finding.ok for finding in findings)
     if as_json:
         write_json({"ok": not unfit, "checks": [asdict(finding) for finding in findings]})
@@ -107,6 +107,27 @@ def _cpu() -> list[Finding]:
     cores = len(os.sched_getaffinity(0))
     detail = f"{cores} cores, {platform.machine()}: {' '.join(have) or 'no vector extensions known here'}"
     return [Finding(name="cpu", ok=True, detail=detail)]
+
+
+def _gpu() -> list[Finding]:
+    """Runs one Triton kernel, where Triton and a GPU are."""
+    if find_spec("torch") is None:
+        return [Finding(name="gpu", ok=False, detail="torch is not installed: pip install 'rorqual[gpu]'")]
+    import torch
+
+    from rorqual.kernels import gpu_status
+
+    status = gpu_status()
+    if not status.available:
+        return [Finding(name="gpu", ok=False, detail=status.reason)]
+    from rorqual.kernels.gpu.ops import rms_norm
+
+    x = torch.full((2, 8), 3.0, device="cpu" if status.device == "interpreter" else "cuda")
+    try:
+        ok, detail = bool((rms_norm(x, eps=0.0) == 1).all()), status.reason
+    except Exception as error:  # whatever a driver, a compiler or a broken installation raises
+        ok, detail = False, f"{status.reason}: a first kernel failed: {error}"
+    return [Finding(name="gpu", ok=ok, detail=detail)]
 
 
 async def _sandbox() -> list[Finding]:
