@@ -2,6 +2,7 @@
 
 Ops: `attention` (window, compressed entries and sink in one softmax), `indexer` (scores and top-k),
 `pooling` (the compressor step), `sinkhorn` (mHC mixing matrices), `rope`, `hadamard`. Needs torch.
+`packed` and `paged` are faces of the native cache rows, attention and index.
 `cpu` loads native/cpu's library; `cpu_status()` says which level of it runs, or why none does (docs/kernels.md).
 `gpu` holds the ops in Triton; `gpu_status()` says whether they run here, or why not.
 """
