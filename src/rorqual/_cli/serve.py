@@ -40,6 +40,19 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Origin whose pages may call; may be repeated.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name that the Host header may have; may be repeated. Default on loopback: its names."
+        ),
+    ] = None,
+    strict_reasoning: Annotated[
+        bool,
+        typer.Option(
+            "--strict-reasoning",
+            help="Answer 400 as DeepSeek does when a tool conversation lost its reasoning.",
+        ),
+    ] = False,
     max_running: Annotated[int, typer.Option(help="Requests in the engine at once.", min=1)] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more get 429.", min=1)] = 256,
     kv_mb: Annotated[int, typer.Option(help="Cache of all running requests, in MiB.", min=1)] = 2048,
@@ -78,6 +91,8 @@ def serve(
             max_body_bytes=max_body_mb << 20,
             key_digests=frozenset(key_digest(key) for key in keys),
             cors_origins=tuple(cors_origin or ()),
+            allowed_hosts=tuple(allowed_host or (_loopback_hosts(host) if _is_loopback(host) else ())),
+            strict_reasoning=strict_reasoning,
         )
     except ValueError as error:
         raise CliError(str(error), code=WRONG_USE) from error
@@ -109,6 +124,11 @@ def _api_keys(variable: str | None) -> list[str]:
     if not keys:
         raise CliError(f"--api-key-env {variable}: this environment variable holds no key", code=WRONG_USE)
     return keys
+
+
+def _loopback_hosts(host: str) -> tuple[str, ...]:
+    """What a loopback address answers to: a page elsewhere that rebinds its own name to it is refused."""
+    return ("localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host)
 
 
 def _is_loopback(host: str) -> bool:
