@@ -19,12 +19,22 @@ enum { TILE_ROWS = 3 };
 #endif
 enum { GROUP = 8, PANEL_BYTES = 1 << 17, ROWS_BYTES = 3 << 17 };
 
+#if defined(RQ_DOT)
+inline int64_t decoded(int64_t k) { return padded(k); }  // how much of a row decode() writes
+#else
+inline int64_t decoded(int64_t k) { return k; }
+#endif
+
+// Units from row to row: an odd number of cache lines, so that the rows of a tile do not meet in one set of L1.
+inline int64_t pitch(int64_t k) { return padded(k) + 64 / (int64_t)sizeof(Unit); }
+
 // Rows of x that are prepared together; weight rows that are decoded together.
 inline int64_t block_rows(int64_t k) {
-  return least(96, (ROWS_BYTES / (padded(k) * (int64_t)sizeof(Unit)) + TILE_ROWS) / TILE_ROWS * TILE_ROWS);
+  const int64_t row = pitch(k) * (int64_t)sizeof(Unit);
+  return least(96, (ROWS_BYTES / row + TILE_ROWS) / TILE_ROWS * TILE_ROWS);
 }
 inline int64_t panel_rows(int64_t k) {
-  return least(64, (PANEL_BYTES / (padded(k) * (int64_t)sizeof(Unit)) + GROUP) / GROUP * GROUP);
+  return least(64, (PANEL_BYTES / (pitch(k) * (int64_t)sizeof(Unit)) + GROUP) / GROUP * GROUP);
 }
 
 // Sums of four vectors; a lane's place in the tree is one, whatever stands beside it.
@@ -60,38 +70,52 @@ struct Ahead {
   int64_t at(int64_t j) const { return j + (j < turn ? (int64_t)FAR : next); }
 };
 
-// y[r][i] = w[i] . x[r] for G weight rows (the first `valid` of them wanted) and R rows.
-template <int G, int R>
-inline void tile(const float *const *w, const float *x, int64_t x_step, int64_t k, float *y, int64_t y_step, int64_t valid) {
+inline vf piece(const float *p) { return load(p); }
+inline vf piece(const float *p, int n) { return load_part(p, n); }
+inline vf add(vf w, vf x, vf sum) { return fma(w, x, sum); }
+inline int piece_size(const float *) { return VL; }
+
+#if defined(RQ_DOT)
+inline __m512i piece(const uint16_t *p) { return _mm512_loadu_si512(p); }
+inline __m512i piece(const uint16_t *p, int n) { return _mm512_maskz_loadu_epi16((1u << n) - 1, p); }
+inline __m512 add(__m512i w, __m512i x, __m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+inline int piece_size(const uint16_t *) { return 32; }
+#endif
+
+// y[r][i] = w[i] . x[r] for G weight rows (the first `valid` of them wanted) and R rows. `ahead`: fetch, too, or null.
+template <int G, int R, class T>
+inline void tile(const T *const *w, const T *x, int64_t x_step, int64_t k, const Ahead *ahead, float *y, int64_t y_step,
+                 int64_t valid) {
   vf acc[R][G];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
     for (int i = 0; i < G; i++) acc[r][i] = zero();
-  const Ahead ahead(k * (int64_t)sizeof(*w[0]), G);
+  const int size = piece_size(x);
   int64_t j = 0;
-  for (; j + VL <= k; j += VL) {
-    vf wv[G];
-#pragma GCC unroll 8
-    for (int i = 0; i < G; i++) wv[i] = load(w[i] + j);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const vf xv = load(x + r * x_step + j);
-#pragma GCC unroll 8
-      for (int i = 0; i < G; i++) acc[r][i] = fma(wv[i], xv, acc[r][i]);
-    }
-    if (R == 1) {
-      const int64_t next = ahead.at(j * (int64_t)sizeof(*w[0]));
+  for (; j + size <= k; j += size) {
+    if (ahead) {
+      const int64_t next = ahead->at(j * (int64_t)sizeof(T));
 #pragma GCC unroll 8
       for (int i = 0; i < G; i++) fetch(w[i], next);
     }
-  }
-  if (j < k) {
+    decltype(piece(x)) wv[G];
+#pragma GCC unroll 8
+    for (int i = 0; i < G; i++) wv[i] = piece(w[i] + j);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      const vf xv = load_part(x + r * x_step + j, (int)(k - j));
+      const auto xv = piece(x + r * x_step + j);
 #pragma GCC unroll 8
-      for (int i = 0; i < G; i++) acc[r][i] = fma(load_part(w[i] + j, (int)(k - j)), xv, acc[r][i]);
+      for (int i = 0; i < G; i++) acc[r][i] = add(wv[i], xv, acc[r][i]);
+    }
+  }
+  if (j < k) {
+    const int n = (int)(k - j);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const auto xv = piece(x + r * x_step + j, n);
+#pragma GCC unroll 8
+      for (int i = 0; i < G; i++) acc[r][i] = add(piece(w[i] + j, n), xv, acc[r][i]);
     }
   }
 #pragma GCC unroll 8
@@ -102,50 +126,6 @@ inline void tile(const float *const *w, const float *x, int64_t x_step, int64_t 
 }
 
 #if defined(RQ_DOT)
-
-inline __m512 dot(__m512 sum, __m512i w, __m512i x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
-
-template <int G, int R>
-inline void tile(const uint16_t *const *w, const uint16_t *x, int64_t x_step, int64_t k, float *y, int64_t y_step,
-                 int64_t valid) {
-  __m512 acc[R][G];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int i = 0; i < G; i++) acc[r][i] = zero();
-  const Ahead ahead(k * (int64_t)sizeof(*w[0]), G);
-  int64_t j = 0;
-  for (; j + 32 <= k; j += 32) {
-    __m512i wv[G];
-#pragma GCC unroll 8
-    for (int i = 0; i < G; i++) wv[i] = _mm512_loadu_si512(w[i] + j);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const __m512i xv = _mm512_loadu_si512(x + r * x_step + j);
-#pragma GCC unroll 8
-      for (int i = 0; i < G; i++) acc[r][i] = dot(acc[r][i], wv[i], xv);
-    }
-    if (R == 1) {
-      const int64_t next = ahead.at(j * (int64_t)sizeof(*w[0]));
-#pragma GCC unroll 8
-      for (int i = 0; i < G; i++) fetch(w[i], next);
-    }
-  }
-  if (j < k) {
-    const __mmask32 rest = (1u << (k - j)) - 1;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const __m512i xv = _mm512_maskz_loadu_epi16(rest, x + r * x_step + j);
-#pragma GCC unroll 8
-      for (int i = 0; i < G; i++) acc[r][i] = dot(acc[r][i], _mm512_maskz_loadu_epi16(rest, w[i] + j), xv);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int i = 0; i < G; i += 4)
-      keep(total(acc[r][i], acc[r][i + 1], acc[r][i + 2], acc[r][i + 3]), y + r * y_step + i, valid - i);
-}
 
 // Packed rows that lie one after another; FP8: with one row of scales.
 struct Packed {
@@ -229,7 +209,7 @@ inline void direct_rows(const RqMatrix &w, int64_t k, int64_t o, const Unit *con
     for (int i = 0; i < (G < 4 ? 4 : G); i++) acc[r][i] = zero();
   walk<G>(w, k, o, [&](int i, int64_t j, __m512i v) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) acc[r][i] = dot(acc[r][i], v, _mm512_loadu_si512(x[r] + j));
+    for (int r = 0; r < R; r++) acc[r][i] = add(v, piece(x[r] + j), acc[r][i]);
   });
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -238,21 +218,28 @@ inline void direct_rows(const RqMatrix &w, int64_t k, int64_t o, const Unit *con
       keep(total(acc[r][i], acc[r][i + 1], acc[r][i + 2], acc[r][i + 3]), y[r] + i, G);
 }
 
-// Packed weights times `rows` <= R prepared rows; those that are missing are the last one again.
+// G packed rows times `rows` prepared ones, R at a time; those that are missing are the last one again.
+template <int G, int R>
+inline void direct_blocks(const RqMatrix &w, int64_t k, int64_t o, const Unit *x, int64_t rows, float *y, int64_t y_step) {
+  for (int64_t r = 0; r < rows; r += R) {
+    const Unit *from[R];
+    float *to[R];
+    for (int i = R - 1; i >= 0; i--) {
+      from[i] = x + least(r + i, rows - 1) * pitch(k);
+      to[i] = y + least(r + i, rows - 1) * y_step;
+    }
+    direct_rows<G, R>(w, k, o, from, to);
+  }
+}
+
 template <int G, int R>
 void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const Unit *x, int64_t rows, float *y,
             int64_t y_step) {
-  const Unit *from[R];
-  float *to[R];
-  for (int r = R - 1; r >= 0; r--) {
-    from[r] = x + least(r, rows - 1) * padded(k);
-    to[r] = y + least(r, rows - 1) * y_step;
-  }
   for (int64_t o = 0; o < outputs;) {
     const bool all = together<G>(w, first + o, outputs - o);
-    all ? direct_rows<G, R>(w, k, first + o, from, to) : direct_rows<1, R>(w, k, first + o, from, to);
+    all ? direct_blocks<G, R>(w, k, first + o, x, rows, y + o, y_step)
+        : direct_blocks<1, R>(w, k, first + o, x, rows, y + o, y_step);
     o += all ? G : 1;
-    for (int r = 0; r < R; r++) to[r] += all ? G : 1;
   }
 }
 
@@ -264,14 +251,16 @@ void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const 
     case 1: return direct<8, 1>(w, k, first, outputs, x, rows, y, y_step);
     case 2: return direct<8, 2>(w, k, first, outputs, x, rows, y, y_step);
     case 3:
-    case 4: return direct<4, 4>(w, k, first, outputs, x, rows, y, y_step);
-    default: return direct<2, 8>(w, k, first, outputs, x, rows, y, y_step);
+    case 4:
+    case 7:
+    case 8: return direct<4, 4>(w, k, first, outputs, x, rows, y, y_step);
+    default: return direct<4, 6>(w, k, first, outputs, x, rows, y, y_step);
   }
 }
 
-// Packed weights as bf16, [outputs][padded(k)].
+// Packed weights as bf16, [outputs][pitch(k)].
 void decode(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, Unit *panel) {
-  const int64_t kp = padded(k);
+  const int64_t kp = pitch(k);
   const auto put = [&](int i, int64_t j, __m512i v) { _mm512_storeu_si512(panel + i * kp + j, v); };
   for (int64_t o = 0; o < outputs;) {
     const bool all = together<4>(w, first + o, outputs - o);
@@ -327,9 +316,8 @@ void direct(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, const 
 
 template <int TYPE>
 void decode(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, Unit *panel) {
-  const int64_t kp = padded(k);
   for (int64_t o = 0; o < outputs; o++)
-    walk<TYPE, 1>(w, k, first + o, 1, [&](int, int64_t j, vf values, int) { store(panel + o * kp + j, values); });
+    walk<TYPE, 1>(w, k, first + o, 1, [&](int, int64_t j, vf values, int) { store(panel + o * pitch(k) + j, values); });
 }
 
 enum { MOST_DIRECT = 1 };
@@ -345,44 +333,38 @@ void decode(const RqMatrix &w, int64_t k, int64_t first, int64_t outputs, Unit *
 
 #endif
 
-// The last `rows` < TILE_ROWS rows.
-template <class T>
-inline void tile_rest(const T *const *w, const T *x, int64_t x_step, int64_t rows, int64_t k, float *y, int64_t y_step,
-                      int64_t valid) {
-  switch (rows) {
-    case 1: return tile<GROUP, 1>(w, x, x_step, k, y, y_step, valid);
-#if defined(__AVX512F__)
-    case 2: return tile<GROUP, 2>(w, x, x_step, k, y, y_step, valid);
-    case 3: return tile<GROUP, 3>(w, x, x_step, k, y, y_step, valid);
-    case 4:
-      tile<4, 4>(w, x, x_step, k, y, y_step, valid);
-      return valid > 4 ? tile<4, 4>(w + 4, x, x_step, k, y + 4, y_step, valid - 4) : void();
-    default:
-      tile<4, 5>(w, x, x_step, k, y, y_step, valid);
-      return valid > 4 ? tile<4, 5>(w + 4, x, x_step, k, y + 4, y_step, valid - 4) : void();
-#else
-    default:
-      tile<4, 2>(w, x, x_step, k, y, y_step, valid);
-      return valid > 4 ? tile<4, 2>(w + 4, x, x_step, k, y + 4, y_step, valid - 4) : void();
-#endif
-  }
+template <int R, class T>
+inline void tile_group(const T *const *w, const T *x, int64_t x_step, int64_t k, const Ahead *ahead, float *y,
+                       int64_t y_step, int64_t valid) {
+  if (R <= TILE_ROWS / 2) return tile<GROUP, R>(w, x, x_step, k, ahead, y, y_step, valid);
+  tile<4, R>(w, x, x_step, k, ahead, y, y_step, valid);
+  if (valid > 4) tile<4, R>(w + 4, x, x_step, k, ahead, y + 4, y_step, valid - 4);
 }
 
 // y[r][o] = w[o] . x[r] for rows that are ready for use: fp32, or units in the same order of k.
 template <class T>
 void tiles(const T *w, int64_t w_step, int64_t outputs, const T *x, int64_t x_step, int64_t rows, int64_t k, float *y,
            int64_t y_step) {
+  const Ahead far(w_step * (int64_t)sizeof(T), rows <= TILE_ROWS / 2 ? GROUP : 4);
   for (int64_t o = 0; o < outputs; o += GROUP) {
     const int64_t valid = least(GROUP, outputs - o);
     const T *group[GROUP];
     for (int i = 0; i < GROUP; i++) group[i] = w + (o + (i < valid ? i : valid - 1)) * w_step;
-    int64_t r = 0;
-    for (; r + TILE_ROWS <= rows; r += TILE_ROWS) {
-      tile<4, TILE_ROWS>(group, x + r * x_step, x_step, k, y + r * y_step + o, y_step, valid);
-      if (valid > 4)
-        tile<4, TILE_ROWS>(group + 4, x + r * x_step, x_step, k, y + r * y_step + o + 4, y_step, valid - 4);
+    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+      const T *from = x + r * x_step;
+      const Ahead *ahead = r ? nullptr : &far;
+      float *to = y + r * y_step + o;
+      switch (least(TILE_ROWS, rows - r)) {
+        case 1: tile_group<1>(group, from, x_step, k, ahead, to, y_step, valid); break;
+        case 2: tile_group<2>(group, from, x_step, k, ahead, to, y_step, valid); break;
+        case 3: tile_group<3>(group, from, x_step, k, ahead, to, y_step, valid); break;
+#if defined(__AVX512F__)
+        case 4: tile_group<4>(group, from, x_step, k, ahead, to, y_step, valid); break;
+        case 5: tile_group<5>(group, from, x_step, k, ahead, to, y_step, valid); break;
+        case 6: tile_group<6>(group, from, x_step, k, ahead, to, y_step, valid); break;
+#endif
+      }
     }
-    if (r < rows) tile_rest(group, x + r * x_step, x_step, rows - r, k, y + r * y_step + o, y_step, valid);
   }
 }
 
@@ -390,26 +372,31 @@ void tiles(const T *w, int64_t w_step, int64_t outputs, const T *x, int64_t x_st
 
 namespace RQ_NS {
 
-int64_t matmul_scratch(int64_t k) {
-  return (block_rows(k) + panel_rows(k)) * padded(k) * (int64_t)sizeof(Unit);
-}
+int64_t matmul_scratch(int64_t k) { return (block_rows(k) + panel_rows(k)) * pitch(k) * (int64_t)sizeof(Unit); }
 
 void matmul(const RqMatrix *w, int64_t k, int64_t first, int64_t outputs, const float *x, int64_t x_step, int64_t rows,
             float *y, int64_t y_step, void *scratch) {
-  const int64_t block = block_rows(k), kp = padded(k), deep = panel_rows(k);
-  Unit *prepared = (Unit *)scratch, *panel = prepared + block * kp;
-  for (int64_t r = 0; r < rows; r += block) {
-    const int64_t n = least(block, rows - r);
-    const float *from = x + r * x_step;
-    float *to = y + r * y_step;
-    if (w->type == RQ_F32) {
-      tiles((const float *)w->data + first * k, k, outputs, from, x_step, n, k, to, y_step);
-      continue;
+  const int64_t step = pitch(k), deep = panel_rows(k), units = block_rows(k) * step;
+  Unit *prepared = (Unit *)scratch, *panel = prepared + units;
+  if (w->type == RQ_F32) {
+    const float *weights = (const float *)w->data + first * k;
+    if (rows <= TILE_ROWS) return tiles(weights, k, outputs, x, x_step, rows, k, y, y_step);
+    const int64_t wide = (k + 31) / 32 * 32 + 16, block = units * (int64_t)sizeof(Unit) / (wide * 4);
+    float *copy = (float *)scratch;
+    for (int64_t r = 0; r < rows; r += block) {
+      const int64_t n = least(block, rows - r);
+      for (int64_t i = 0; i < n; i++) memcpy(copy + i * wide, x + (r + i) * x_step, (size_t)k * sizeof(float));
+      tiles(weights, k, outputs, (const float *)copy, wide, n, k, y + r * y_step, y_step);
     }
-    for (int64_t i = 0; i < n; i++) prepare(w->type, from + i * x_step, k, kp, prepared + i * kp);
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += block_rows(k)) {
+    const int64_t n = least(block_rows(k), rows - r);
+    float *to = y + r * y_step;
+    for (int64_t i = 0; i < n; i++) prepare(w->type, x + (r + i) * x_step, k, padded(k), prepared + i * step);
 #if defined(RQ_DOT)
     if (w->type == RQ_BF16) {
-      tiles((const uint16_t *)w->data + first * k, k, outputs, (const uint16_t *)prepared, kp, n, k, to, y_step);
+      tiles((const Unit *)w->data + first * k, k, outputs, (const Unit *)prepared, step, n, k, to, y_step);
       continue;
     }
 #endif
@@ -420,11 +407,7 @@ void matmul(const RqMatrix *w, int64_t k, int64_t first, int64_t outputs, const 
     for (int64_t o = 0; o < outputs; o += deep) {
       const int64_t m = least(deep, outputs - o);
       decode(*w, k, first + o, m, panel);
-#if defined(RQ_DOT)
-      tiles((const Unit *)panel, kp, m, (const Unit *)prepared, kp, n, kp, to + o, y_step);
-#else
-      tiles((const Unit *)panel, kp, m, (const Unit *)prepared, kp, n, k, to + o, y_step);
-#endif
+      tiles((const Unit *)panel, step, m, (const Unit *)prepared, step, n, decoded(k), to + o, y_step);
     }
   }
 }
