@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rorqual.model import CheckpointError, experts
+from rorqual.model import CheckpointError, Config, experts
 from rorqual.model.experts import ExpertCache, Region
 from rorqual.model.packed import PackedWeights
+from rorqual.model.synth import synth
 from tests.model.test_checkpoint import SMALL, random_state, write
 from tests.oracles.official_checkpoint import official
 
@@ -202,6 +203,31 @@ def test_regions_of_any_place_are_read_right(tmp_path: Path) -> None:
         assert loaded[0, 12] is not None or cache.slots < 13
         assert cache.load([(0, 12)])[0, 12] == [contents[tmp_path / "b"][3:]]
         cache.close()
+
+
+def test_an_engine_gives_the_same_logits_whatever_is_resident(tmp_path: Path) -> None:
+    from rorqual.engine import Engine
+    from rorqual.kernels import cpu_status
+
+    if not cpu_status().available:
+        pytest.skip("the native library is not built here")
+    synth(tmp_path, Config.preset("tiny"), seed=1)
+    ids, logits = list(range(5, 90)), []
+    for budget in (None, 300_000, 120_000):
+        with PackedWeights(tmp_path, expert_bytes=budget) as weights:
+            engine = Engine(weights, kv_bytes=64 << 20, cache_format="packed")
+            sequence = engine.open(ids)
+            for token in (7, 8, 9):
+                sequence.append([token])
+            assert sequence.logits is not None
+            logits.append(sequence.logits.clone())
+            sequence.close()
+            stats = weights.expert_stats()
+            assert stats is None or (
+                stats.misses > 0 < stats.prefetch_hits and stats.held_bytes <= (budget or 0)
+            )
+            engine.close()
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 # --- under a memory limit ---
