@@ -53,7 +53,7 @@ struct Place {  // scratch of one call
     tile = cut.take<char>(unpacks * (bf16 ? 64 : RQ_PART) * row_bytes);
     pairs = cut.take<uint32_t>(bf16 ? RQ_PART / 2 * wide : 0);
     for (slot_count = 1024; slot_count * row_bytes > KEPT_BYTES; slot_count /= 2) continue;
-    for (ring = slot_count / 2; ring / 2 >= job.window; ring /= 2) continue;
+    for (ring = slot_count / 2; ring > 1 && ring / 2 >= job.window; ring /= 2) continue;
     slots = cut.take<char>(unpacks * slot_count * row_bytes);
     tags = cut.take<int64_t>(unpacks * slot_count), stamps = cut.take<int64_t>(unpacks * slot_count);
     now = 0, keeps = false;
