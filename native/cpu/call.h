@@ -89,6 +89,9 @@ inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum { MIN_WORK = 1 << 16 };  // multiply-adds below which a task is not worth a thread (about 2 us)
 
+// Work of a product: fetching a weight costs as much as using it for some rows.
+inline int64_t work_of(int64_t outputs, int64_t k, int64_t rows) { return outputs * k * (rows + 3); }
+
 struct Call {
   const RqForward &f;
   const RqModel &m;
@@ -145,12 +148,12 @@ struct Call {
   void multiply(const Product *list, int n, int64_t rows, const After &after, int64_t extras, int64_t extra_work,
                 const Extra &extra) {
     int64_t work = 0, chunk[8], start[9];
-    for (int i = 0; i < n; i++) work += list[i].outputs * list[i].k * rows;
+    for (int i = 0; i < n; i++) work += work_of(list[i].outputs, list[i].k, rows);
     const int64_t tasks = tasks_of(work, INT64_MAX);
     start[0] = 0;
     for (int i = 0; i < n; i++) {
       const Product &p = list[i];
-      const int64_t wanted = tasks == 1 ? p.outputs : up(work / tasks, larger(1, p.k * rows));
+      const int64_t wanted = tasks == 1 ? p.outputs : up(work / tasks, larger(1, work_of(1, p.k, rows)));
       chunk[i] = larger(1, up(smaller(wanted, p.outputs), p.unit)) * p.unit;
       start[i + 1] = start[i] + up(p.outputs, chunk[i]);
     }

@@ -74,10 +74,10 @@ void Call::gated(const RqMatrix *w1, const RqMatrix *w3, int64_t width, const Ro
 int64_t Call::moe(const RqLayer &layer, int32_t number) {
   const int64_t d = m.hidden, width = m.expert_width, shared = m.shared_width, k = m.per_token;
   const Product gate = {&layer.gate, m.experts, d, s.x, d, s.scores, m.experts, 4};
-  const int64_t shared_cuts = shared ? tasks_of(2 * count * d * shared, up(shared, 16)) : 0;
+  const int64_t shared_cuts = shared ? tasks_of(work_of(2 * shared, d, count), up(shared, 16)) : 0;
   const int64_t shared_step = shared ? up(up(shared, shared_cuts), 16) * 16 : 1;
   const Rows all = {s.x, d, count};
-  multiply(&gate, 1, count, [](int, int64_t, int64_t) {}, up(shared, shared_step), 2 * count * d * shared,
+  multiply(&gate, 1, count, [](int, int64_t, int64_t) {}, up(shared, shared_step), work_of(2 * shared, d, count),
            [&](int64_t i, int32_t thread) {
              gated(&layer.shared1, &layer.shared3, shared, all, s.shared1, s.shared3, i * shared_step,
                    smaller(shared_step, shared - i * shared_step), thread);
@@ -99,8 +99,11 @@ int64_t Call::moe(const RqLayer &layer, int32_t number) {
   for (int64_t i = 0; i < slots; i++) {
     const int32_t place = s.next[s.experts[i]]++;
     s.place[i] = place;
-    memcpy(s.gathered + place * d, s.x + i / k * d, (size_t)d * sizeof(float));
   }
+  each_rows(slots, d, [&](int64_t first, int64_t rows, int32_t) {
+    for (int64_t i = first; i < first + rows; i++)
+      memcpy(s.gathered + s.place[i] * d, s.x + i / k * d, (size_t)d * sizeof(float));
+  });
 
   const RqMatrix *matrices = layer.experts;
   if (!matrices) {
@@ -110,7 +113,8 @@ int64_t Call::moe(const RqLayer &layer, int32_t number) {
   }
   const auto expert = [&](int64_t i) { return matrices + 3 * (layer.experts ? s.used[i] : i); };
   // Even pieces of every expert's outputs: as many as the threads can use.
-  const int64_t in_tasks = tasks_of(2 * slots * d * width, INT64_MAX), out_tasks = tasks_of(slots * d * width, INT64_MAX);
+  const int64_t work = used * work_of(width, d, up(slots, used));
+  const int64_t in_tasks = tasks_of(2 * work, INT64_MAX), out_tasks = tasks_of(work, INT64_MAX);
   const int64_t in_step = up(up(width, up(in_tasks, used)), 16) * 16, in_cuts = up(width, in_step);
   const int64_t out_step = up(up(d, up(out_tasks, used)), 16) * 16, out_cuts = up(d, out_step);
   const auto inner = [&](int64_t task, int32_t thread) {
@@ -126,9 +130,9 @@ int64_t Call::moe(const RqLayer &layer, int32_t number) {
     const Product p = {expert(i) + 2, d, width, s.inner1 + at * width, width, s.expert_out + at * d, d, 1};
     product(p, s.starts[e + 1] - at, first, smaller(out_step, d - first), thread);
   };
-  run(used * in_cuts, 2 * slots * d * width, inner);
+  run(used * in_cuts, 2 * work, inner);
   const Product out = {&layer.shared2, d, shared, s.shared1, shared, s.y, d, 4};
-  multiply(&out, shared ? 1 : 0, count, [](int, int64_t, int64_t) {}, used * out_cuts, slots * d * width, outer);
+  multiply(&out, shared ? 1 : 0, count, [](int, int64_t, int64_t) {}, used * out_cuts, work, outer);
   return 0;
 }
 

@@ -98,7 +98,7 @@ void Call::enter(Sublayer from, const RqSite &site, const float *norm) {
     collect(r, streams, mixed, norm);
   };
   const int64_t work = outputs * wide;
-  if (count >= 2 * threads || count * work < 2 * MIN_WORK) {
+  if (count >= 2 * threads || work_of(outputs, wide, count) < 2 * MIN_WORK) {
     each_rows(count, work + 4 * wide, [&](int64_t first, int64_t rows, int32_t thread) {
       if (from != NOTHING) merge(from, first, rows);
       Product part = mix;

@@ -152,7 +152,7 @@ void Call::attention(const RqLayer &layer, const RqLayerCache &cache) {
   core(layer, cache);
 
   const int64_t group = h / m.groups * c, inner = (int64_t)m.groups * m.o_rank;
-  const int64_t work = count * group * inner;
+  const int64_t work = work_of(inner, group, count);
   const int64_t cuts = up(tasks_of(work, INT64_MAX), m.groups);  // of a group's outputs
   const int64_t piece = up(up(m.o_rank, cuts), 4) * 4, per_group = up(m.o_rank, piece);
   const auto rings = [&](int64_t r) {
