@@ -124,7 +124,7 @@ def _attend(
                 at = nearest + start + tl.arange(0, KEYS)
                 used = at <= position
                 address = base + (tl.where(used, at - origin, 0) % ring).to(tl.int64) * row_step
-                rows = unpack_rows(address, used, used & known, WIDTH, ROPE, PADDED)
+                rows = unpack_rows(address, used, tl.where(known, used, False), WIDTH, ROPE, PADDED)
                 top, share, total = _fold(rows_q, rows, used, top, share, total, EXACT)
         if FAR:
             for start in range(first, last, KEYS):
@@ -132,7 +132,7 @@ def _attend(
                 used = number < last
                 entry = number
                 if PICKED:
-                    listed = used & (chosen >= 0)
+                    listed = tl.where(chosen >= 0, used, False)
                     pick = tl.load(picks + t * top_k + number, mask=listed, other=0)
                     entry = tl.where(listed, pick, number)
                 address, exists = row_address(

@@ -29,7 +29,7 @@ def _rows_of(order, tile_expert, tile_first, ends, ROWS: tl.constexpr):
     tile = tl.program_id(1)
     expert = tl.load(tile_expert + tile)
     at = tl.load(tile_first + tile) + tl.arange(0, ROWS)
-    used = (expert >= 0) & (at < tl.load(ends + tl.maximum(expert, 0)))
+    used = tl.where(expert >= 0, at < tl.load(ends + tl.maximum(expert, 0)), False)
     return expert, tl.load(order + tl.where(used, at, 0), mask=used, other=-1)
 
 
