@@ -389,7 +389,7 @@ print("resumed", done.resumed_bytes, done.shards)
 def test_kill_and_resume_ends_in_the_same_bytes(tmp_path: Path, what: str) -> None:
     synth.synth(tmp_path / "source", TINY, seed=2)
     command = [sys.executable, "-c", KILLED, what, str(tmp_path / "out"), str(tmp_path / "source")]
-    for lines in (60, 90):
+    for lines in (60, 90) if what == "synth" else (60,):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for _, line in zip(range(lines), process.stdout, strict=False):

@@ -274,7 +274,7 @@ def test_names_that_are_not_there_or_no_matrix_are_refused(tmp_path: Path, state
         weights.load_experts(7, [0])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_random_change_of_the_header_is_refused_or_harmless(
     tmp_path: Path, state: State, data: st.DataObject

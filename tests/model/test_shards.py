@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from rorqual.model import CheckpointError, shards, survey
 from rorqual.model.shards import DTYPES, read_shard
 
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def raw(path: Path, header: object, data: bytes = b"") -> Path:
