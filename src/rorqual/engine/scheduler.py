@@ -168,7 +168,7 @@ class Scheduler:
             return []
         order = sorted(range(len(drawing)), key=lambda n: drawing[n].order)
         rows = [drawing[n] for n in order]
-        chosen = logits[[picks[n] for n in order]]
+        chosen = logits if picks == order == list(range(len(logits))) else logits[[picks[n] for n in order]]
         ids, logprobs = sample(chosen, [row.params for row in rows], [row.length for row in rows])
         out = []
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
