@@ -181,7 +181,13 @@ struct Place {
   }
 };
 
-inline bool in_int8(const RqIndex &job) { return HAS_VNNI && job.format == RQ_PACKED && job.width % 128 == 0; }
+// Dims that the int8 tile takes at a time: 128, or all of a narrower key.
+inline int32_t part_of(int32_t width) { return width < 128 ? width : 128; }
+
+inline bool in_int8(const RqIndex &job) {
+  const int32_t width = job.width;
+  return HAS_VNNI && job.format == RQ_PACKED && (width % 128 == 0 || width == 64 || width == 32);
+}
 
 const int8_t DOUBLED[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
@@ -214,8 +220,8 @@ inline float power(int32_t exponent) {  // 2^exponent, -126..127
   return v;
 }
 
-// Place of dim d in a row of the int8 tile: 128 dims at a time, 64 even ones, then 64 odd ones.
-inline int32_t tile_place(int32_t d) { return d / 128 * 128 + d % 2 * 64 + d % 128 / 2; }
+// Place of dim d in a row of the int8 tile: `part` dims at a time, the even ones, then the odd ones.
+inline int32_t tile_place(int32_t d, int32_t part) { return d / part * part + d % 2 * (part / 2) + d % part / 2; }
 
 void prepare(const RqIndex &job, int64_t t, Place &p, Query &query) {
   const float *q = job.q + t * job.q_step;
@@ -243,7 +249,7 @@ void prepare(const RqIndex &job, int64_t t, Place &p, Query &query) {
     int8_t *codes = query.codes + (int64_t)h * job.width;
     for (int32_t d = 0; d < job.width; d++) {
       const int32_t code = DOUBLED[p.packed[d / 2] >> (d % 2 * 4) & 15] * (1 << shift[d / RQ_FP4_BLOCK]);
-      codes[tile_place(d)] = (int8_t)code;
+      codes[tile_place(d, part_of(job.width))] = (int8_t)code;
       sum += code;
     }
     query.offset[h] = -128 * sum;
@@ -321,7 +327,9 @@ inline void transpose16(__m512i *r) {
 
 // The int8 tile of n keys and their scales; returns which of them (bits) need the fp32 way.
 uint64_t unpack_int8(const RqIndex &job, const uint8_t *const *at, int64_t n, Place &p) {
-  const int32_t blocks = job.width / RQ_FP4_BLOCK, parts = job.width / 128;
+  const int32_t blocks = job.width / RQ_FP4_BLOCK, dims = part_of(job.width), parts = job.width / dims;
+  const int32_t words = dims / 8, scaled = dims / RQ_FP4_BLOCK;  // 4-byte words of pairs and scales of a part
+  const __mmask16 inside = (__mmask16)((1u << words) - 1);
   const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)DOUBLED));
   const __m512i nibble = _mm512_set1_epi8(15), offset = _mm512_set1_epi8((char)128);
   uint64_t wide = 0;
@@ -332,16 +340,15 @@ uint64_t unpack_int8(const RqIndex &job, const uint8_t *const *at, int64_t n, Pl
     __m512i low = byte, high = _mm512_setzero_si512();
     for (int32_t part = 0; part < parts; part++) {
       alignas(64) int32_t four[16];
-      for (int64_t k = 0; k < 16; k++)
-        if (i + k < n)
-          memcpy(four + k, at[i + k] + job.width / 2 + part * 4, 4);
-        else
-          four[k] = 0x7F7F7F7F;
+      for (int64_t k = 0; k < 16; k++) {
+        four[k] = 0x7F7F7F7F;
+        if (i + k < n) memcpy(four + k, at[i + k] + job.width / 2 + part * scaled, (size_t)scaled);
+      }
       __m512i scales = _mm512_load_si512(four);
-      for (int b = 0; b < 4; b++, scales = _mm512_srli_epi32(scales, 8)) {
+      for (int b = 0; b < scaled; b++, scales = _mm512_srli_epi32(scales, 8)) {
         const __m512i one = _mm512_and_si512(scales, byte);
         low = _mm512_min_epi32(low, one), high = _mm512_max_epi32(high, one);
-        _mm512_store_si512(shifts[part * 4 + b], one);
+        _mm512_store_si512(shifts[part * scaled + b], one);
       }
     }
     uint32_t odd_ones = _mm512_cmpgt_epi32_mask(_mm512_sub_epi32(high, low), _mm512_set1_epi32(3)) |
@@ -372,21 +379,21 @@ uint64_t unpack_int8(const RqIndex &job, const uint8_t *const *at, int64_t n, Pl
     for (int32_t part = 0; part < parts; part++) {
       __m512i r[16];
       for (int64_t k = 0; k < 16; k++)
-        r[k] = i + k < n ? _mm512_loadu_si512(at[i + k] + part * 64) : _mm512_setzero_si512();
+        r[k] = i + k < n ? _mm512_maskz_loadu_epi32(inside, at[i + k] + part * 64) : _mm512_setzero_si512();
       transpose16(r);
-      for (int d = 0; d < 16; d++) {
+      for (int32_t d = 0; d < words; d++) {
         __m512i even = _mm512_shuffle_epi8(table, _mm512_and_si512(r[d], nibble));
         __m512i odd = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(r[d], 4), nibble));
         if (shifted) {
-          const __m512i shift = _mm512_load_si512(shifts[part * 4 + d / 4]);
+          const __m512i shift = _mm512_load_si512(shifts[part * scaled + d / 4]);
           const __m512i ones = _mm512_set1_epi32(0x01010101);  // bits that a shift pulls in from the byte below
           const __m512i mask = _mm512_sub_epi8(_mm512_setzero_si512(), _mm512_sllv_epi32(ones, shift));
           even = _mm512_and_si512(_mm512_sllv_epi32(even, shift), mask);
           odd = _mm512_and_si512(_mm512_sllv_epi32(odd, shift), mask);
         }
-        uint8_t *to = p.bytes8 + ((part * 32 + d) * GROUP + i) * 4;
+        uint8_t *to = p.bytes8 + ((part * dims / 4 + d) * GROUP + i) * 4;
         _mm512_storeu_si512(to, _mm512_add_epi8(even, offset));
-        _mm512_storeu_si512(to + 16 * GROUP * 4, _mm512_add_epi8(odd, offset));
+        _mm512_storeu_si512(to + (int64_t)words * GROUP * 4, _mm512_add_epi8(odd, offset));
       }
     }
   }
