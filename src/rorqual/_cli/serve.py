@@ -18,7 +18,7 @@ from rorqual._cli.exits import DONE, INTERRUPTED, UNFIT, WRONG_USE, CliError
 if TYPE_CHECKING:
     from rorqual.serve import ServeConfig, Service
 
-__all__ = ["register"]
+__all__ = ["check_installed", "open_service", "register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +75,7 @@ def serve(
             f"--host {host} is reachable from elsewhere: set keys and name them with --api-key-env NAME",
             code=WRONG_USE,
         )
-    _check_installed()
+    check_installed()
     from rorqual.serve import ServeConfig, Server, key_digest, open_socket
 
     name = model_name or ("rorqual-embedded" if model_dir == RAISED_DIR else model_dir.resolve().name)
@@ -101,7 +101,7 @@ def serve(
     except OSError as error:
         raise CliError(f"cannot listen on {host}:{port}: {error.strerror or error}", code=UNFIT) from error
     with sock:
-        service = _open(model_dir, config)
+        service = open_service(model_dir, config)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{sock.getsockname()[1]}"
         server = Server(service, on_ready=lambda: _say(f"serving {name} at {url}/v1 (docs: {url}/docs)"))
@@ -140,7 +140,8 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _check_installed() -> None:
+def check_installed() -> None:
+    """Raises CliError naming the extra, if a package of the server is missing."""
     for module in (
         "torch",
         "safetensors",
@@ -158,7 +159,8 @@ def _check_installed() -> None:
             ) from error
 
 
-def _open(directory: Path, config: ServeConfig) -> Service:
+def open_service(directory: Path, config: ServeConfig) -> Service:
+    """The model of a directory, ready to be served. Raises CliError naming what is missing or damaged."""
     from rorqual.chat import ChatError, Tokenizer
     from rorqual.engine import Engine
     from rorqual.model.errors import ModelError
