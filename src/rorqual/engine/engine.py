@@ -26,12 +26,13 @@ from rorqual.engine.errors import (
     SequenceFileError,
 )
 from rorqual.engine.layout import PAGE_TOKENS, CacheFormat, CacheLayout
-from rorqual.engine.native_runner import native_runner
+from rorqual.engine.native_runner import NativeRunner, native_runner
 from rorqual.engine.pool import PagePool
 from rorqual.engine.prefix import PrefixTree
 from rorqual.engine.runner import Runner
 from rorqual.engine.sampler import SamplingParams, sample
 from rorqual.engine.sequence import PagedSequence, Paging
+from rorqual.engine.speculative import Speculation, speculate
 from rorqual.engine.spill import SpillArea
 from rorqual.engine.store import PageStore, WindowStrategy, load_file, save_file
 from rorqual.engine.torch_runner import TorchRunner
@@ -77,7 +78,8 @@ class Engine:
     prefill_chunk: most prompt tokens of a step. cache_format: `exact` (fp32 rows: parity, RL) or `packed` (584-byte
     entries: long contexts); decision 0010. max_running: most sequences in one step of a batch. prefix_cache: keep
     prefixes in unused pages. store: a directory that keeps prefixes across restarts, `window` is how it keeps what a
-    restart needs beside the pages. runner: `auto`, or `torch` for the reference path.
+    restart needs beside the pages. runner: `auto`, or `torch` for the reference path. drafts: how many tokens the MTP
+    head may draft at a time in `generate` (0: none); the output is the same to the bit (speculative.py).
 
     Raises ConfigError or CheckpointError when a directory cannot be loaded, SequenceFileError when `store` cannot be
     used, EngineError when packed weights have no native library to run them.
@@ -95,6 +97,7 @@ class Engine:
         store: str | Path | None = None,
         window: WindowStrategy = WindowStrategy.PERIODIC,
         runner: Literal["auto", "torch"] = "auto",
+        drafts: int = 0,
     ) -> None:
         if isinstance(model, str | Path):
             model = Model.from_pretrained(model)
@@ -104,7 +107,10 @@ class Engine:
         self._last: SequenceState | None = None
         self._fingerprint: bytes | None = None
         self._epoch: int | None = None
-        layout = CacheLayout(self.config, cache_format)
+        drafts = self._drafts(drafts, runner)
+        layout = CacheLayout(self.config, cache_format, mtp_layers=int(drafts > 0))
+        if drafts > layout.slack:
+            raise ValueError(f"drafts is {drafts}: a sequence is rewound by at most {layout.slack} tokens")
         self.pool = PagePool(layout, kv_bytes=kv_bytes)
         self.runner = self._choose(runner)
         self.paging = Paging(pool=self.pool, runner=self.runner, prefill_chunk=prefill_chunk)
@@ -115,7 +121,27 @@ class Engine:
         if store is not None:
             self.store = PageStore(store, layout, fingerprint=self.fingerprint(), strategy=window)
         self.spills = SpillArea(memory_bytes=kv_bytes, store=self.store)
+        self.drafts = drafts if isinstance(self.runner, NativeRunner) else 0
+        self.speculation = Speculation()
+        """Figures of drafting over all generations."""
         self.refresh()
+
+    def _drafts(self, wanted: int, runner: str) -> int:
+        """How many drafts are possible; why fewer than wanted is told in the log."""
+        if wanted < 0:
+            raise ValueError(f"drafts is {wanted}, expected 0 or more")
+        if not wanted:
+            return 0
+        drafter = self.weights.drafter
+        if drafter == "mtp" and runner == "auto":
+            return wanted
+        why = (
+            "the torch runner has no drafts"
+            if drafter == "mtp"
+            else f"the weights hold {drafter or 'no head'}"
+        )
+        log.warning("generation goes on without drafts, which need an MTP head: %s", why)
+        return 0
 
     def _choose(self, wanted: Literal["auto", "torch"]) -> Runner:
         if wanted == "auto":
@@ -365,6 +391,9 @@ class SequenceState:
 
     def generate(self, params: SamplingParams) -> Iterator[TokenEvent]:
         """Samples until a stop id, `max_tokens` or the end of the context. Every sampled token but the last is fed."""
+        if self.engine.drafts and self.length:
+            yield from speculate(self, params, drafts=self.engine.drafts, figures=self.engine.speculation)
+            return
         limit = self.engine.config.max_position_embeddings
         for count in range(1, params.max_tokens + 1):
             logits = self.logits

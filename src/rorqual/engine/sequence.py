@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rorqual.engine.errors import CacheFull
@@ -87,6 +88,16 @@ class PagedSequence:
         return len(self.token_ids)
 
     @property
+    def floor(self) -> int:
+        """How far back the head moves at no cost."""
+        return min(self._low, self.length)
+
+    @property
+    def table(self) -> NDArray[np.int32]:
+        """`pages`, as a runner reads them."""
+        return self._table
+
+    @property
     def closed(self) -> bool:
         """Whether its memory was given back."""
         return not self._finalizer.alive
@@ -138,12 +149,16 @@ class PagedSequence:
         if count and start < self._low:
             self._restore(start)
         if count and start % PAGE_TOKENS and self.pages:
-            number = start // PAGE_TOKENS
-            self.pages[number] = self._table[number] = self.pool.own_page(self.pages[number])
+            self.secure(start)
         more = self.layout.pages(start + count) - len(self.pages)
         if more > 0:
             self.pages.extend(self.pool.take_pages(more))
             self._table = np.asarray(self.pages, dtype=np.int32)
+
+    def secure(self, position: int) -> None:
+        """Makes the page of `position` ours alone, by a copy if it is shared. Raises CacheFull."""
+        number = position // PAGE_TOKENS
+        self.pages[number] = self._table[number] = self.pool.own_page(self.pages[number])
 
     def segment(self, ids: Sequence[int], *, logits: LogitsWanted = "last") -> Segment:
         """The call that feeds `ids`; afterwards tell `advance` or `failed`. Raises CacheFull."""
