@@ -9,33 +9,36 @@ const int64_t MOST_POSITIONS = (int64_t)1 << 31;  // entries, keys and picks are
 
 bool in(int64_t value, int64_t low, int64_t high) { return value >= low && value <= high; }
 
-bool good(const RqMatrix &w, bool table = false) {
+bool good(const RqMatrix &w, int64_t k, bool table = false) {  // k: columns; table: rows of it are looked up
   if (!w.data) return false;
   switch (w.type) {
     case RQ_F32:
     case RQ_BF16: return true;
     case RQ_FP8: return !table && w.scale && (w.block == 128 || w.block == 32);
-    case RQ_FP4: return !table && w.scale && w.block == 32;
+    case RQ_FP4: return !table && w.scale && w.block == 32 && k % 2 == 0;
     default: return false;
   }
 }
 
 bool good(const RqSite &site) { return site.fn && site.base && site.scale; }
 
-bool good(const RqCompressor &c) { return good(c.wkv) && good(c.wgate) && c.ape && c.norm; }
+bool good(const RqCompressor &c, int64_t k) { return good(c.wkv, k) && good(c.wgate, k) && c.ape && c.norm; }
 
 bool good(const RqModel &m, const RqLayer &layer, bool resolves) {
   if (!good(layer.attn_site) || !good(layer.ffn_site)) return false;
   if (!layer.attn_norm || !layer.q_norm || !layer.kv_norm || !layer.sink || !layer.ffn_norm) return false;
-  if (!good(layer.wq_a) || !good(layer.wq_b) || !good(layer.wkv) || !good(layer.wo_a) || !good(layer.wo_b)) return false;
+  const int64_t d = m.hidden, group = (int64_t)m.heads / m.groups * m.head_dim, inner = (int64_t)m.groups * m.o_rank;
+  if (!good(layer.wq_a, d) || !good(layer.wq_b, m.q_rank) || !good(layer.wkv, d)) return false;
+  if (!good(layer.wo_a, group) || !good(layer.wo_b, inner)) return false;
   if (layer.ratio < 0 || layer.ratio > RQ_PAGE_TOKENS || (layer.ratio && RQ_PAGE_TOKENS % layer.ratio)) return false;
   if (layer.overlap && !layer.ratio) return false;
-  if (layer.ratio && !good(layer.main)) return false;
-  if (layer.overlap && !(good(layer.index) && good(layer.index_wq_b) && good(layer.index_proj))) return false;
-  if (!good(layer.gate) || (!layer.bias && !layer.tid2eid) || (!layer.experts && !resolves)) return false;
-  if (m.shared_width && !(good(layer.shared1) && good(layer.shared3) && good(layer.shared2))) return false;
+  if (layer.ratio && !good(layer.main, d)) return false;
+  if (layer.overlap && !(good(layer.index, d) && good(layer.index_wq_b, m.q_rank) && good(layer.index_proj, d)))
+    return false;
+  if (!good(layer.gate, d) || (!layer.bias && !layer.tid2eid) || (!layer.experts && !resolves)) return false;
+  if (m.shared_width && !(good(layer.shared1, d) && good(layer.shared3, d) && good(layer.shared2, m.shared_width))) return false;
   for (int64_t i = 0; layer.experts && i < 3 * (int64_t)m.experts; i++)
-    if (!good(layer.experts[i])) return false;
+    if (!good(layer.experts[i], i % 3 == 2 ? m.expert_width : d)) return false;
   return true;
 }
 
@@ -94,12 +97,12 @@ int64_t rq_check(const RqForward *call, const RqMtp *mtp) {
   const int64_t itself = -1 - (call->segment_count > 0 ? call->segment_count : 0);
   if (!rq_check_model(call) || !call->caches || !call->segments || call->pages < 0 || !call->scratch) return itself;
   const RqModel &m = *call->model;
-  if (!m.freqs[0] || !m.freqs[1] || !good(m.embed, true) || !good(m.head) || !good(m.mix) || !m.norm) return itself;
+  if (!m.freqs[0] || !m.freqs[1] || !good(m.embed, m.hidden, true) || !good(m.head, m.hidden) || !good(m.mix) || !m.norm) return itself;
   for (int32_t l = 0; l < m.layers; l++)
     if (!good(m, call->layers[l], call->resolve) || !good(m, call->layers[l], call->caches[l])) return itself;
   if (mtp) {
     if (!mtp->layer || !mtp->cache || !mtp->enorm || !mtp->hnorm || !mtp->norm || !good(mtp->mix)) return itself;
-    if (!good(mtp->e_proj) || !good(mtp->h_proj) || mtp->layer->ratio) return itself;
+    if (!good(mtp->e_proj, m.hidden) || !good(mtp->h_proj, m.hidden) || mtp->layer->ratio) return itself;
     if (!good(m, *mtp->layer, call->resolve) || !good(m, *mtp->layer, *mtp->cache)) return itself;
   }
   for (int64_t i = 0; i < call->segment_count; i++)

@@ -61,12 +61,11 @@ bool take(Team *team, int32_t slot) {
   for (;;) {
     const uint32_t next = (uint32_t)word;
     if (next == CLOSED) return false;
-    // The fields may belong to a later phase by now: then the word has changed, and the exchange fails.
-    const TeamTask run = team->run.load(std::memory_order_relaxed);
-    void *arg = team->arg.load(std::memory_order_relaxed);
-    const int32_t tasks = team->tasks.load(std::memory_order_relaxed);
-    if ((int32_t)next >= tasks || slot >= team->limit.load(std::memory_order_relaxed)) return false;
-    std::atomic_thread_fence(std::memory_order_acquire);
+    // A field may be a later phase's by now: whoever sees it (acquire) sees the closed word too, and the exchange fails.
+    const TeamTask run = team->run.load(std::memory_order_acquire);
+    void *arg = team->arg.load(std::memory_order_acquire);
+    const int32_t tasks = team->tasks.load(std::memory_order_acquire);
+    if ((int32_t)next >= tasks || slot >= team->limit.load(std::memory_order_acquire)) return false;
     if (!team->word.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel, std::memory_order_acquire))
       continue;
     run(arg, (int32_t)next, slot);
@@ -116,12 +115,11 @@ void team_run(Team *team, int32_t limit, TeamTask run, void *arg, int32_t tasks)
   }
   const uint64_t phase = ((team->word.load(std::memory_order_relaxed) >> 32) + 1) << 32;
   team->word.store(phase | CLOSED, std::memory_order_relaxed);
-  std::atomic_thread_fence(std::memory_order_release);
-  team->done.store(0, std::memory_order_relaxed);
-  team->run.store(run, std::memory_order_relaxed);
-  team->arg.store(arg, std::memory_order_relaxed);
-  team->tasks.store(tasks, std::memory_order_relaxed);
-  team->limit.store(limit, std::memory_order_relaxed);
+  team->done.store(0, std::memory_order_release);
+  team->run.store(run, std::memory_order_release);
+  team->arg.store(arg, std::memory_order_release);
+  team->tasks.store(tasks, std::memory_order_release);
+  team->limit.store(limit, std::memory_order_release);
   team->word.store(phase, std::memory_order_seq_cst);
   if (team->asleep.load(std::memory_order_seq_cst)) {
     pthread_mutex_lock(&team->lock);

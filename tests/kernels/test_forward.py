@@ -5,8 +5,10 @@ Numbers and bits: tests/engine/test_native_runner.py.
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +114,21 @@ def test_a_call_without_weights_or_scratch_is_refused():
     assert library.forward(call, None) == -2  # the call itself: one segment and one
     call.level = 99
     assert library.forward(call, None) == -2
+
+
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="no g++ to build the program with: apt-get install g++"
+)
+def test_every_task_of_every_phase_runs_once(tmp_path):
+    here = Path(__file__).parent
+    native = here.parents[1] / "native" / "cpu"
+    program = tmp_path / "team_stress"
+    sources = [os.fspath(here / "team_stress.cpp"), os.fspath(native / "team.cpp")]
+    subprocess.run(
+        ["g++", "-std=c++17", "-O2", f"-I{native}", *sources, "-o", program, "-lpthread"], check=True
+    )
+    for threads in ("1", "2", "5"):
+        done = subprocess.run(
+            [program, threads, "20000"], capture_output=True, text=True, check=False, timeout=120
+        )
+        assert (done.returncode, done.stdout) == (0, "ok\n")
