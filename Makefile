@@ -5,7 +5,7 @@ STAMP  := $(VENV)/.setup-stamp
 ARGS   ?=
 CODE   := $(wildcard src tests benchmarks examples scripts)
 
-.PHONY: demo test test-gpu check setup host format clean
+.PHONY: demo test test-gpu check clients schema setup host format clean
 
 demo: setup          ## set up, then watch a V4 model work on fresh tasks in a real container
 	@$(VENV)/bin/rorqual demo $(ARGS)
@@ -23,6 +23,12 @@ check: setup         ## ruff, mypy --strict, import contracts, generated files
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports --no-cache
 	@$(PY) scripts/unasync.py --check
+
+clients: setup       ## real clients, each in its own environment, against the server; writes docs/compat.md
+	@$(PY) scripts/clients.py $(ARGS)
+
+schema: setup        ## made-up requests against the server's schema, for as long as it takes
+	@RORQUAL_SCHEMA_EXAMPLES=$(or $(EXAMPLES),300) $(PY) -m pytest tests/serve/test_schema.py $(ARGS)
 
 format: setup
 	@$(VENV)/bin/ruff check --fix $(CODE)

@@ -81,6 +81,8 @@ class Call(Strict):
     type: Literal["function"] = "function"
     function: CallFunction
     index: int | None = None
+    provider_specific_fields: dict[str, Any] | None = None
+    """litellm's own, here and in messages; what counts in it stands elsewhere too."""
 
 
 class AssistantMessage(Strict):
@@ -98,6 +100,7 @@ class AssistantMessage(Strict):
     audio: None = None
     function_call: None = None
     annotations: EmptyList | None = None
+    provider_specific_fields: dict[str, Any] | None = None
 
 
 class ToolMessage(Strict):
