@@ -190,7 +190,7 @@ class NativeRunner:
         threads = max(1, self.threads or torch.get_num_threads())
         if threads > 1 and (self._pool is None or self._pool.threads < threads):
             self._pool = Pool(self._library, threads)
-        call.segments, call.segment_count = records.__array_interface__["data"][0], len(segments)
+        call.segments, call.segment_count = records.ctypes.data, len(segments)
         call.logits, call.hidden, call.threads = logits.data_ptr(), states.data_ptr(), threads
         need = self._scratch_for(sizes)
         call.scratch = (self._scratch.data_ptr() + 63) // 64 * 64
