@@ -85,6 +85,8 @@ def test_bytes_written_stay_below_a_tenth_more_than_the_new_tokens_at_real_dimen
         for end in range(turn, total + 1, turn):
             last = end // 128 * 128
             store.put(ids[:end], pages, pool=pool, snapshots=[snapshots[last]])
+            assert store.statistics().written_bytes <= 1.1 * store.statistics().new_page_bytes
+        store.put(ids[:end], pages, pool=pool, snapshots=[snapshots[last]], last=True)
         statistics = store.statistics()
         new = layout.page_bytes * (max(range(turn, total + 1, turn)) // 128)
         assert statistics.new_page_bytes == new

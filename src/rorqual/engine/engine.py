@@ -164,8 +164,15 @@ class Engine:
         return self.weights.config
 
     def close(self) -> None:
-        """Closes the store. Idempotent."""
-        if self.store is not None:
+        """Writes what the store lacks of the prefixes in memory, and closes it. Idempotent."""
+        if self.store is None or self.store.closed:
+            return
+        try:
+            for space, ids, pages, snapshots in self.prefixes.branches() if self.prefixes is not None else ():
+                self.store.put(ids, pages, pool=self.pool, snapshots=snapshots, space=space, last=True)
+        except SequenceFileError as error:
+            log.warning("prefixes in memory are not kept: %s", error)
+        finally:
             self.store.close()
 
     # --- sequences

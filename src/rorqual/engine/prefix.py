@@ -278,13 +278,35 @@ class PrefixTree:
             node.used = self._tick
 
     def _nodes(self) -> Iterator[_Node]:
-        stack = [child for root in self._roots.values() for child in root.children.values()]
+        for root in self._roots.values():
+            yield from self._below(root)
+
+    @staticmethod
+    def _below(root: _Node) -> Iterator[_Node]:
+        stack = list(root.children.values())
         while stack:
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
 
     # --- inspection
+
+    def branches(self) -> Iterator[tuple[str, list[int], list[int], list[Snapshot]]]:
+        """Every longest prefix: space, token ids, pages, snapshots; the last used first."""
+        leaves = [
+            (node.used, space, node)
+            for space, root in self._roots.items()
+            for node in self._below(root)
+            if not node.children
+        ]
+        for _, space, leaf in sorted(leaves, key=lambda entry: -entry[0]):
+            path, node = list[_Node](), leaf
+            while node.parent is not None:
+                path.append(node)
+                node = node.parent
+            path.reverse()
+            ids = np.frombuffer(b"".join(node.key for node in path), dtype="<i4").tolist()
+            yield space, ids, [n.page for n in path], [n.snapshot for n in path if n.snapshot is not None]
 
     def held_pages(self) -> list[int]:
         """The pages the tree holds a reference to."""

@@ -210,6 +210,11 @@ class RecordFile:
             raise SequenceFileError(f"{self.path}: record {record.number} does not match its checksum")
         return data
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._fd < 0
+
     def close(self) -> None:
         """Closes the file. Views that were read stay valid. Idempotent."""
         if self._fd >= 0:

@@ -6,7 +6,8 @@ open page, the exact rings, and the logits of a saved sequence. A turn of a conv
 
 Window strategies, for the rows that a restart needs beside the pages (spec/model.md 3.1):
     full      a snapshot at every page boundary it is given: restarts replay nothing, 8 times the bytes
-    periodic  snapshots as long as they stay below a tenth of the pages' bytes: restarts replay a little
+    periodic  snapshots as long as they stay below a tenth of the pages' bytes, one of them saved for the end: a
+              restart replays nothing, one after a kill some
     zero      none: restarts replay `replay_tokens` tokens
 What is damaged is a miss, and said in the log and in the statistics; never wrong logits.          (decision 0011)
 Owns files. Pages in memory are the pool's and the prefix tree's.
@@ -160,6 +161,11 @@ class PageStore:
         """Closes the file. Idempotent."""
         self._file.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether the file was closed."""
+        return self._file.closed
+
     # --- writing
 
     def put(
@@ -170,10 +176,13 @@ class PageStore:
         pool: PagePool,
         snapshots: Sequence[Snapshot] = (),
         space: str = "",
+        last: bool = False,
     ) -> int:
         """Writes the whole pages of `ids` that the file lacks, and snapshots as the strategy has it; bytes written.
 
-        Durable on return. Raises SequenceFileError when the disk refuses; then the file is as it was.
+        last: nothing follows (the engine closes): a periodic store, which always keeps enough of its share for one
+        more snapshot, may spend that too. Durable on return.
+        Raises SequenceFileError when the disk refuses; then the file is as it was.
         """
         node = self._roots.setdefault(space.encode(), _Node(None, None, b"", 0))
         new: list[NewRecord] = []
@@ -202,7 +211,7 @@ class PageStore:
             if there is not None and there.snapshot is not None:
                 continue
             wanted = self.strategy is WindowStrategy.FULL or (
-                self.strategy is WindowStrategy.PERIODIC and len(snapshot.data) <= credit
+                self.strategy is WindowStrategy.PERIODIC and len(snapshot.data) * (1 if last else 2) <= credit
             )
             if wanted:
                 at = there.number if there is not None else first + depth - 1 - fresh_at
