@@ -29,8 +29,8 @@ def script_of(tokenizer):
 
     def call(name, key, value):
         return (
-            f'{name}">\n<{MARK}parameter name="{key}" string="true">{value}</{MARK}parameter>\n</{MARK}invoke>\n'
-            f"</{MARK}tool_calls>"
+            f'invoke name="{name}">\n<{MARK}parameter name="{key}" string="true">{value}</{MARK}parameter>\n'
+            f"</{MARK}invoke>\n</{MARK}tool_calls>"
         )
 
     def ids(text):
@@ -50,13 +50,13 @@ def script_of(tokenizer):
             if done and finals
             else call("look", "place", f"box {turn}")
         )
-        if tail.endswith('invoke name="'):
+        if tail.endswith(f"tool_calls>\n<{MARK}"):
             return [*ids(made), tokenizer.eos_id]
         thoughts = "I have seen all." if done else f"I look into box {turn}."
         out = [*ids(thoughts), tokenizer.token_id("</think>")] if tail.endswith("<think>") else []
         if done and not finals:
             return [*out, *ids("Nothing is there."), tokenizer.eos_id]
-        return [*out, *ids(f'\n\n<{MARK}tool_calls>\n<{MARK}invoke name="{made}'), tokenizer.eos_id]
+        return [*out, *ids(f"\n\n<{MARK}tool_calls>\n<{MARK}{made}"), tokenizer.eos_id]
 
     return script
 
@@ -84,7 +84,7 @@ def main():
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         Server(service, on_ready=lambda: print(json.dumps({"url": url}), flush=True)).run(sockets=[sock])
     # The second half of a forced call is no request of its own.
-    whole = [job for job in asked if not tokenizer.decode(job.prompt[-4:]).endswith('name="')]
+    whole = [job for job in asked if job.prompt[-1] != tokenizer.token_id(MARK)]
     turns = [{"prompt": len(job.prompt), "cached": job.cached_tokens} for job in whole]
     Path(sys.argv[1]).write_text(json.dumps(turns), "utf-8")
     return 0

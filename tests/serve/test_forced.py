@@ -10,6 +10,7 @@ from .conftest import TOOLS
 
 HELLO = [{"role": "user", "content": "What is in box 1?"}]
 NAMED = {"type": "function", "function": {"name": "look"}}
+JUMP = {"type": "function", "function": {"name": "jump"}}
 
 
 def two_part_script(tokenizer, place, *, ending):
@@ -26,14 +27,14 @@ def two_part_script(tokenizer, place, *, ending):
 
     def script(prompt):
         text = tokenizer.decode(prompt)
-        name = 'look">' if text.endswith('invoke name="') else ""
-        if name or text.endswith('look">'):
-            body = (
-                f'{name}\n<｜DSML｜parameter name="place" string="true">{place}</｜DSML｜parameter>\n'
-                "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
-            )
-            return [*written(body), tokenizer.eos_id]
-        return thoughts
+        header = 'invoke name="look">\n<｜DSML｜'
+        if not text.endswith("\n<｜DSML｜"):
+            return thoughts
+        body = (
+            f'parameter name="place" string="true">{place}</｜DSML｜parameter>\n'
+            "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+        )
+        return [*written(body if text.endswith(header) else header + body), tokenizer.eos_id]
 
     return script
 
@@ -45,11 +46,13 @@ def ask(server, **fields):
         return list(answer) if fields.get("stream") else answer
 
 
-@pytest.mark.parametrize("choice", ["required", NAMED])
+@pytest.mark.parametrize(
+    ("choice", "tools"), [("required", [*TOOLS, JUMP]), ("required", TOOLS), (NAMED, TOOLS)]
+)
 @pytest.mark.parametrize("ending", ["</think>", "<｜end▁of▁sentence｜>"])
-def test_a_call_is_made_behind_the_reasoning(serve, tokenizer, choice, ending):
+def test_a_call_is_made_behind_the_reasoning(serve, tokenizer, choice, tools, ending):
     with serve(script=two_part_script(tokenizer, "box 1", ending=ending)) as server:
-        answer = ask(server, tool_choice=choice)
+        answer = ask(server, tool_choice=choice, tools=tools)
         message = answer.choices[0].message
         assert message.reasoning_content == "I need not look." and not message.content
         (call,) = message.tool_calls
@@ -57,12 +60,12 @@ def test_a_call_is_made_behind_the_reasoning(serve, tokenizer, choice, ending):
         assert answer.choices[0].finish_reason == "tool_calls" and not answer.model_extra.get("x_v4")
         sent = [*HELLO, message.model_dump(exclude_none=True)]
         sent.append({"role": "tool", "tool_call_id": call.id, "content": "a whale"})
-        again = ask(server, messages=sent, tool_choice=choice)
+        again = ask(server, messages=sent, tool_choice=choice, tools=tools)
         # The turn is the very ids of both parts: all of it but its last token comes from the cache.
         before = answer.usage.prompt_tokens + answer.usage.completion_tokens
         assert again.usage.prompt_tokens_details.cached_tokens >= before - 1
         prompts = server.service.scheduler._rows.prompts
-        rendered = chat.render(sent, tools=TOOLS)
+        rendered = chat.render(sent, tools=tools)
         assert any(tokenizer.decode(prompt) == rendered for prompt in prompts)
 
 
@@ -100,3 +103,17 @@ def test_a_client_that_leaves_between_the_parts_frees_the_row(serve, tokenizer):
         with server.http() as http:
             while 'vllm:num_requests_running{model_name="tiny"} 0.0' not in http.get("/metrics").text:
                 pass
+
+
+def test_a_tool_without_required_parameters_may_be_called_with_none(serve, tokenizer):
+    def script(prompt):
+        mark = tokenizer.token_id("｜DSML｜")
+        assert tokenizer.decode(prompt).endswith('invoke name="jump">')
+        rest = [*tokenizer.encode_text("\n\n</"), mark, *tokenizer.encode_text("invoke>\n</")]
+        return [*rest, mark, *tokenizer.encode_text("tool_calls>"), tokenizer.eos_id]
+
+    with serve(script=script) as server:
+        off = {"thinking": {"type": "disabled"}}
+        answer = ask(server, tools=[JUMP], tool_choice="required", extra_body=off)
+    (call,) = answer.choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("jump", "{}")

@@ -110,7 +110,7 @@ def build_prompt(
         head=ids.index(user) if user in ids else 0,
         replayed=replayed,
         reasoning_lost=lost,
-        forced=_call_opening(tokenizer, conversation.forced_tool) if forced else [],
+        forced=_call_opening(tokenizer, conversation) if forced else [],
     )
 
 
@@ -165,10 +165,20 @@ def _with_reasoning(
     return out, lost
 
 
-def _call_opening(tokenizer: chat.Tokenizer, name: str | None) -> list[int]:
-    """Ids of the beginning of a block of calls, up to the name or behind it (spec/encoding.md 5.1, tool_choice)."""
-    opening = 'invoke name="' + ("" if name is None else f'{name}">')
-    pieces = [("\n\n<", False), (MARK, True), ("tool_calls>\n<", False), (MARK, True), (opening, False)]
+def _call_opening(tokenizer: chat.Tokenizer, conversation: Conversation) -> list[int]:
+    """Ids of the beginning of a block of calls (spec/encoding.md 5.1, tool_choice).
+
+    It ends in the marker token, because nothing else is a border of tokens in every vocabulary: the marker of the call
+    if there is a choice of tools, else that of the first parameter, or behind the header if there need not be one.
+    """
+    pieces = [("\n\n<", False), (MARK, True), ("tool_calls>\n<", False), (MARK, True)]
+    names = [tool["function"]["name"] for tool in conversation.tools]
+    name = conversation.forced_tool or (names[0] if len(names) == 1 else None)
+    if name is not None:
+        function = conversation.tools[names.index(name)]["function"]
+        opening = f'invoke name="{name}">'
+        needs_parameter = bool((function.get("parameters") or {}).get("required"))
+        pieces += [(f"{opening}\n<", False), (MARK, True)] if needs_parameter else [(opening, False)]
     segments = [chat.Segment(text, special, turn=-1, generated=True) for text, special in pieces]
     return tokenizer.encode_segments(segments)
 
