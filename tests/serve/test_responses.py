@@ -76,8 +76,9 @@ def test_items_whole_and_streamed_are_the_same(serve, answer_ids, call, summary)
     assert "".join(deltas) == done[2].arguments + done[3].arguments
 
 
-@pytest.mark.parametrize("way", ["items", "encrypted", "no reasoning", "previous"])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("way", "stream"), [("items", True), ("encrypted", False), ("no reasoning", True), ("previous", False)]
+)
 def test_a_tool_loop_of_ten_turns_hits_the_cache_every_turn(serve, tokenizer, answer_ids, call, way, stream):
     items = [{"role": "user", "content": "What is in box 1?"}]
     fields = {"tools": TOOLS, "instructions": "You look."}
@@ -204,7 +205,6 @@ def test_a_stored_response_can_be_read_referred_to_and_deleted(serve, answer_ids
                 lost()
         assert ask(client, input="Well?", previous_response_id=third.id).status == "completed"
         unstored = ask(client, store=False)
-        assert unstored.store is False if hasattr(unstored, "store") else True
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(unstored.id)
 
