@@ -1,8 +1,9 @@
 // gemm.cpp: see gemm.h. Compiled once per level.
 //
 // A sum is a vector of lanes that each add every VL-th product (RQ_DOT: pairs of bf16 products), k ascending in the
-// type's order, then the lanes in the fixed tree of total(). One row takes its weights from registers as they are
-// decoded (direct_*); more rows share a panel of decoded weights (tiles). Both add the same numbers in the same order.
+// type's order, then the lanes in the fixed tree of total(). Few rows take packed weights from registers as they are
+// decoded (direct); more rows share a panel of decoded weights; fp32 and bf16 are read in place (tiles). All add the same
+// numbers in the same order, the zeros that pad a row included.
 #include "gemm.h"
 
 #include "gemm_weights.h"
@@ -381,6 +382,7 @@ void matmul(const RqMatrix *w, int64_t k, int64_t first, int64_t outputs, const 
   if (w->type == RQ_F32) {
     const float *weights = (const float *)w->data + first * k;
     if (rows <= TILE_ROWS) return tiles(weights, k, outputs, x, x_step, rows, k, y, y_step);
+    // Copied to rows an odd number of cache lines apart, as pitch() says.
     const int64_t wide = (k + 31) / 32 * 32 + 16, block = units * (int64_t)sizeof(Unit) / (wide * 4);
     float *copy = (float *)scratch;
     for (int64_t r = 0; r < rows; r += block) {
