@@ -180,7 +180,7 @@ class PackedSchedules(Schedules):
 
 
 CHOICE = settings(
-    max_examples=8,
+    max_examples=6,
     stateful_step_count=14,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
