@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 FLAGS = "-std=c++17 -O3 -fPIC -ffp-contract=off -fno-exceptions -fno-rtti -fvisibility=hidden -Wall -Wextra"
 SOURCES = (
-    *("step.cpp", "rows.cpp", "attend.cpp", "index.cpp", "core.cpp", "gemm.cpp"),
+    *("rows.cpp", "attend.cpp", "index.cpp", "core.cpp", "gemm.cpp"),
     *("forward.cpp", "mixing.cpp", "sublayer.cpp", "experts.cpp"),
 )
 ONCE = ("library.cpp", "check.cpp", "team.cpp")

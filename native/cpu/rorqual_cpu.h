@@ -2,7 +2,6 @@
 //
 // rq_forward runs a whole call of a V4 model (spec/model.md 2 to 5): any mix of prefill chunks and decode tokens of many
 // sequences, over a pool of cache pages. Weights are read in place, as they lie in a checkpoint (RqMatrix).
-// rq_step (below) is the older decode step over fp32 tensors; it goes when rq_forward serves everything.
 // The caller keeps every pointer alive for the call and lets one call at a time use a scratch buffer and a pool.
 // src/rorqual/kernels/cpu.py mirrors these structs field by field; RQ_ABI changes with them.
 #pragma once
@@ -114,59 +113,6 @@ typedef struct {  // the MTP head (spec/model.md 6.1): a block of ratio 0 with t
   const float *norm;
 } RqMtp;
 
-// --- the older decode step -----------------------------------------------------------------------------------------
-typedef struct {
-  int32_t abi, layers, hidden, vocab, heads, head_dim, rope_dim, q_rank, groups, o_rank, window;
-  int32_t index_heads, index_dim, index_topk, experts, per_token, expert_width, shared_width, streams, iters;
-  float hc_eps, norm_eps, route_scale, limit, head_scale, index_scale;  // head_scale = head_dim^-1/2
-  const float *freqs[2];  // rotation angles per position [rope_dim/2]: window-only layers, compressed layers
-  const float *embed, *mix_fn, *mix_base, *mix_scale, *norm, *head;
-} RqStepModel;
-
-typedef struct {
-  const float *wkv, *wgate, *ape, *norm;
-} RqStepCompressor;
-
-typedef struct {
-  int32_t ratio;    // 0: window only
-  int32_t overlap;  // 1: CSA (overlapping compressor, indexer)
-  RqSite attn_site;
-  const float *attn_norm, *wq_a, *q_norm, *wq_b, *wkv, *kv_norm, *wo_a, *wo_b, *sink;
-  RqStepCompressor main;
-  const float *index_wq_b, *index_proj;
-  RqStepCompressor index;
-  RqSite ffn_site;
-  const float *ffn_norm, *gate, *bias;  // bias null: a hash layer
-  const int64_t *tid2eid;               // [vocab][per_token], null: a score layer
-  const float *w1, *w3, *w2, *shared1, *shared3, *shared2;
-} RqStepLayer;
-
-typedef struct {  // rows of sequence b start at data + b * stride (floats)
-  float *data;
-  int64_t stride;
-} RqRows;
-
-typedef struct {
-  RqRows window;   // last window-1 rows [head_dim], oldest first
-  RqRows tail;     // last coff*ratio-1 rows [2*coff*head_dim]: values, scores
-  RqRows entries;  // [capacity][head_dim]
-  RqRows index_tail, index_keys;
-} RqLayerState;
-
-typedef struct {
-  const RqStepModel *model;
-  const RqStepLayer *layers;
-  const RqLayerState *state;
-  const int64_t *tokens, *positions;
-  const int64_t *counts;  // 0 or 1 per row; null: every row is busy
-  int64_t batch;
-  float *logits;  // [batch][vocab]; rows with count 0 become zeros
-  void *scratch;  // rq_scratch_bytes(), 64-byte aligned
-  int64_t max_entries;  // most entries a row may see after this step, over all layers
-  int32_t threads;
-  int32_t level;  // one of rq_level_name()
-} RqStep;
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -182,9 +128,6 @@ RQ_API int64_t rq_forward(const RqForward *call, void *pool);
 // The MTP head at the positions of a call: its tokens are those that follow them, streams [tokens][streams][hidden] their
 // residual streams, in segment order. call->layers and caches are the model's, resolve's layer is model->layers.
 RQ_API int64_t rq_mtp(const RqForward *call, const RqMtp *mtp, const float *streams, void *pool);
-RQ_API int64_t rq_scratch_bytes(const RqStepModel *model, int64_t max_entries, int64_t batch, int32_t threads);
-// 0, or -1 - row when that row's token, count or hash table entry is out of range: then nothing has changed.
-RQ_API int64_t rq_step(const RqStep *step, void *pool);
 RQ_API void *rq_pool_create(int32_t threads);  // null when threads cannot be made
 RQ_API void rq_pool_destroy(void *pool);
 #ifdef __cplusplus

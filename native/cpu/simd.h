@@ -1,4 +1,4 @@
-// simd.h: the few vector operations that step.cpp needs, at the instruction level this object is compiled for.
+// simd.h: the few vector operations that the forward call needs, at the instruction level this object is compiled for.
 //
 // Portable first (GCC/Clang vector extensions, 4 lanes), AVX2+FMA and AVX-512 beside it. Everything has internal
 // linkage: a symbol shared between objects of different levels could bring AVX-512 code to a CPU without it.
@@ -187,53 +187,6 @@ inline void linear(const float *weight, int64_t outputs, int k, const float *con
     for (int i = 0; i < 4; i++) w[i] = weight + (o + (i < valid ? i : valid - 1)) * k;
     dots_rows<1>(w, x, rows, k, out, o, valid);
   }
-}
-
-// The same for weight rows that lie anywhere (keys of an attention).
-inline void linear_rows(const float *const *weight, int64_t outputs, int k, const float *const *x, int64_t rows,
-                 float *const *out) {
-  for (int64_t o = 0; o < outputs; o += 4) {
-    int valid = outputs - o < 4 ? (int)(outputs - o) : 4;
-    const float *w[4];
-    for (int i = 0; i < 4; i++) w[i] = weight[o + (i < valid ? i : valid - 1)];
-    dots_rows<1>(w, x, rows, k, out, o, valid);
-  }
-}
-
-// out[r][d] = scale[r] * sum_j p[r][j] * rows[j][d], j ascending, for R heads.
-template <int R>
-inline void weigh_heads(const float *const *p, const float *scale, const float *const *rows, int64_t count, int width,
-                        float *const *out) {
-  for (int d = 0; d < width; d += VL) {
-    const int n = width - d < VL ? width - d : VL;
-    vf acc[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) acc[r] = zero();
-    if (n == VL)
-      for (int64_t j = 0; j < count; j++) {
-        vf v = load(rows[j] + d);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r] = fma(splat(p[r][j]), v, acc[r]);
-      }
-    else
-      for (int64_t j = 0; j < count; j++) {
-        vf v = load_part(rows[j] + d, n);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r] = fma(splat(p[r][j]), v, acc[r]);
-      }
-    for (int r = 0; r < R; r++) {
-      float lanes[VL];
-      store(lanes, acc[r]);
-      for (int i = 0; i < n; i++) out[r][d + i] = lanes[i] * scale[r];
-    }
-  }
-}
-
-inline void weigh(const float *const *p, const float *scale, int heads, const float *const *rows, int64_t count,
-                  int width, float *const *out) {
-  int h = 0;
-  for (; h + 4 <= heads; h += 4) weigh_heads<4>(p + h, scale + h, rows, count, width, out + h);
-  for (; h < heads; h++) weigh_heads<1>(p + h, scale + h, rows, count, width, out + h);
 }
 
 }  // namespace

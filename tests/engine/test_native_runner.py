@@ -69,7 +69,7 @@ formats = pytest.mark.parametrize("cache_format", ["exact", "packed"])
 
 
 def make(config, *, seed=0, simulate_quant=False):
-    model = Model(config, simulate_quant=simulate_quant, native=False).initialize(seed).eval()
+    model = Model(config, simulate_quant=simulate_quant).initialize(seed).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "attn_sink")):
@@ -203,7 +203,7 @@ def test_logits_come_for_the_tokens_that_were_asked_for(models):
 def test_packed_pages_round_as_the_torch_model_does(models, level):
     model = models["tiny"]
     ids = tokens(model.config)
-    rounds = Model(model.config, simulate_quant=True, native=False).eval()
+    rounds = Model(model.config, simulate_quant=True).eval()
     rounds.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected, exact = rounds(torch.from_numpy(ids)[None])[0], model(torch.from_numpy(ids)[None])[0]

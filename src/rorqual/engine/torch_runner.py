@@ -215,7 +215,6 @@ def _torch_twin(model: Model, *, rounds: bool) -> Model:
     """The same parameters (shared, not copied) in modules that run in torch, and round to the cache formats or not."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
-    twin.native_step = None
     for module in twin.modules():
         if hasattr(module, "simulate_quant"):
             module.simulate_quant = rounds  # type: ignore[assignment]

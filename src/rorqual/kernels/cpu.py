@@ -1,8 +1,8 @@
 """The native CPU library: finds, loads and describes librorqual_cpu.so (native/cpu), over ctypes.
 
 Owns the mirror of native/cpu/rorqual_cpu.h, the choice of instruction level and the thread pool's life. Knows no model:
-model/native_step.py fills the structures. A library that is missing or does not load is told once in the log and by
-`cpu_status`; the torch kernels then do the work.
+engine/native_weights.py and native_runner.py fill the structures. A library that is missing or does not load is told
+once in the log and by `cpu_status`; torch then does the work.
 """
 
 from __future__ import annotations
@@ -31,10 +31,6 @@ __all__ = [
     "Pool",
     "SegmentPointers",
     "SitePointers",
-    "Step",
-    "StepLayerPointers",
-    "StepModelPointers",
-    "StepStatePointers",
     "cpu_status",
     "load_library",
 ]
@@ -167,61 +163,6 @@ class MtpPointers(ctypes.Structure):
     )
 
 
-class StepModelPointers(ctypes.Structure):
-    """RqStepModel."""
-
-    _fields_ = (
-        *((name, c_int32) for name in ("abi", "layers", "hidden", "vocab", "heads", "head_dim", "rope_dim")),
-        *((name, c_int32) for name in ("q_rank", "groups", "o_rank", "window", "index_heads", "index_dim")),
-        *((name, c_int32) for name in ("index_topk", "experts", "per_token", "expert_width")),
-        *((name, c_int32) for name in ("shared_width", "streams", "iters")),
-        *((name, c_float) for name in ("hc_eps", "norm_eps", "route_scale", "limit")),
-        *((name, c_float) for name in ("head_scale", "index_scale")),
-        *((name, c_void_p) for name in ("freqs_window", "freqs_compressed", "embed")),
-        *((name, c_void_p) for name in ("mix_fn", "mix_base", "mix_scale", "norm", "head")),
-    )
-
-
-class StepLayerPointers(ctypes.Structure):
-    """RqStepLayer, its nested structures laid flat."""
-
-    _fields_ = (
-        ("ratio", c_int32),
-        ("overlap", c_int32),
-        *((name, c_void_p) for name in ("attn_fn", "attn_base", "attn_scale", "attn_norm", "wq_a", "q_norm")),
-        *((name, c_void_p) for name in ("wq_b", "wkv", "kv_norm", "wo_a", "wo_b", "sink")),
-        *((name, c_void_p) for name in ("main_wkv", "main_wgate", "main_ape", "main_norm")),
-        *((name, c_void_p) for name in ("index_wq_b", "index_proj")),
-        *((name, c_void_p) for name in ("index_wkv", "index_wgate", "index_ape", "index_norm")),
-        *((name, c_void_p) for name in ("ffn_fn", "ffn_base", "ffn_scale", "ffn_norm", "gate", "bias")),
-        *((name, c_void_p) for name in ("tid2eid", "w1", "w3", "w2", "shared1", "shared3", "shared2")),
-    )
-
-
-class StepStatePointers(ctypes.Structure):
-    """RqLayerState: pointer and row stride (in floats) of each part."""
-
-    _fields_ = (
-        *(("window", c_void_p), ("window_stride", c_int64)),
-        *(("tail", c_void_p), ("tail_stride", c_int64)),
-        *(("entries", c_void_p), ("entries_stride", c_int64)),
-        *(("index_tail", c_void_p), ("index_tail_stride", c_int64)),
-        *(("index_keys", c_void_p), ("index_keys_stride", c_int64)),
-    )
-
-
-class Step(ctypes.Structure):
-    """RqStep."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("model", "layers", "state", "tokens", "positions", "counts")),
-        ("batch", c_int64),
-        *((name, c_void_p) for name in ("logits", "scratch")),
-        ("max_entries", c_int64),
-        *((name, c_int32) for name in ("threads", "level")),
-    )
-
-
 class NativeLibrary:
     """The loaded library: `levels` it can run here, ascending, and its entry points."""
 
@@ -243,10 +184,6 @@ class NativeLibrary:
         library.rq_pool_create.restype = c_void_p
         library.rq_pool_destroy.argtypes = [c_void_p]
         library.rq_pool_destroy.restype = None
-        library.rq_scratch_bytes.argtypes = [ctypes.POINTER(StepModelPointers), c_int64, c_int64, c_int32]
-        library.rq_scratch_bytes.restype = c_int64
-        library.rq_step.argtypes = [ctypes.POINTER(Step), c_void_p]
-        library.rq_step.restype = c_int64
         library.rq_forward_scratch.argtypes = [ctypes.POINTER(Forward), c_int64, c_int64]
         library.rq_forward_scratch.restype = c_int64
         library.rq_forward.argtypes = [ctypes.POINTER(Forward), c_void_p]
@@ -282,14 +219,6 @@ class NativeLibrary:
     def mtp(self, call: Forward, mtp: MtpPointers, *, streams: int, pool: Pool | None) -> int:
         """As `forward`, through the MTP head; `streams` is the address of fp32 [tokens, streams, hidden]."""
         return int(self._library.rq_mtp(call, mtp, streams, None if pool is None else pool.handle))
-
-    def scratch_bytes(self, model: StepModelPointers, *, entries: int, batch: int, threads: int) -> int:
-        """Bytes of working memory that a step needs."""
-        return int(self._library.rq_scratch_bytes(model, entries, batch, threads))
-
-    def step(self, step: Step, pool: Pool | None) -> int:
-        """Runs one step; 0, or -1 - row for the row whose input is out of range (then nothing has changed)."""
-        return int(self._library.rq_step(step, None if pool is None else pool.handle))
 
 
 class Pool:

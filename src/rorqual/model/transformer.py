@@ -21,7 +21,6 @@ from rorqual.model.config import PAGE_TOKENS, Config
 from rorqual.model.hyper_connections import HyperHead, Streams
 from rorqual.model.layers import Linear, RMSNorm
 from rorqual.model.mtp import MTPBlock
-from rorqual.model.native_step import NativeStep
 from rorqual.model.state import CacheState
 
 __all__ = ["Model", "TrainOutput"]
@@ -44,16 +43,11 @@ class Model(nn.Module):
 
     `simulate_quant` rounds cache entries to their formats (FP8 with BF16 rotated dims, FP4 index keys) with
     straight-through gradients; off, everything is exact in the parameters' dtype.
-    `native`: steps of one token without gradients run in the native library where they can (native_step.py);
-    `native_step = None` puts them back into torch.
     """
 
-    def __init__(
-        self, config: Config, *, mtp: bool = True, simulate_quant: bool = False, native: bool = True
-    ) -> None:
+    def __init__(self, config: Config, *, mtp: bool = True, simulate_quant: bool = False) -> None:
         super().__init__()
         self.config, self.simulate_quant = config, simulate_quant
-        self.native_step = NativeStep() if native else None
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, ratio=ratio, hashed=layer < config.num_hash_layers, simulate_quant=simulate_quant)
@@ -118,11 +112,6 @@ class Model(nn.Module):
         token_ids int64 [B, T], right-padded; row b brings `counts[b]` tokens (None: all T). Returns fp32 logits of
         each row's last token [B, V], or of all [B, T, V] (`last_only=False`; padded places hold no meaning).
         """
-        traced = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-        if self.native_step is not None and token_ids.shape[1] == 1 and not traced:
-            logits = self.native_step.extend(self, token_ids, state, counts=counts)
-            if logits is not None:
-                return logits if last_only else logits[:, None]
         start, streams = state.position, self._streams(token_ids)
         mode = AttentionMode()
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
