@@ -14,8 +14,9 @@ from rorqual.engine import (
     EngineError,
     SamplingParams,
     SequenceFileError,
+    WindowStrategy,
 )
-from rorqual.engine.store import WindowStrategy
+from rorqual.model.packed import PackedWeights
 
 
 def _params(key, tokens=12):
@@ -224,6 +225,23 @@ def test_sequences_move_between_hands(engine, prompt):
         Batch(Engine(engine.model)).adopt(0, back, next_id=1, params=_params(0))
 
 
+def test_an_engine_over_packed_weights_saves_and_comes_back(models, prompt, tmp_path):
+    models["exact"].save_pretrained(tmp_path / "model")
+    options = {"cache_format": "packed", "store": tmp_path / "kv"}
+    first = Engine(PackedWeights(tmp_path / "model"), **options)
+    said = [event.token_id for event in first.generate(prompt(300), _params(0, 5))]
+    sequence = first.open(prompt(300))
+    sequence.save(tmp_path / "a.seq")
+    assert torch.equal(first.load(tmp_path / "a.seq").logits, sequence.logits)
+    with pytest.raises(EngineError, match="no torch model"):
+        _ = first.model
+    first.close()
+    second = Engine(PackedWeights(tmp_path / "model"), **options)
+    assert [event.token_id for event in second.generate(prompt(300), _params(0, 5))] == said
+    assert second.prefixes.statistics().hit_tokens == 256
+    second.close()
+
+
 def test_changed_parameters_make_cached_prefixes_worthless(models, prompt):
     model = copy.deepcopy(models["exact"])
     engine = Engine(model)
@@ -247,7 +265,8 @@ def test_an_engine_that_is_restarted_goes_on_from_its_store(engine, prompt, tmp_
     with_store = {"store": tmp_path, "window": window, "prefill_chunk": 64}
     first = Engine(engine.model, **with_store)
     said = [event.token_id for event in first.generate(prompt(300), _params(0))]
-    first.keep(first._last.paged)
+    assert first.store.statistics().pages == 2  # at the end of the turn already
+    first.close()
     first.close()
     second = Engine(engine.model, **with_store)
     again = [event.token_id for event in second.generate(long, _params(1))]

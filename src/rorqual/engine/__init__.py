@@ -4,6 +4,7 @@ from rorqual.engine.batch import Batch, BatchEvent
 from rorqual.engine.engine import Engine, FinishReason, KVUsage, SequenceState, TokenEvent
 from rorqual.engine.errors import CacheFull, ContextOverflow, EngineError, PromptError, SequenceFileError
 from rorqual.engine.sampler import SamplingParams
+from rorqual.engine.store import WindowStrategy
 
 __all__ = [
     "Batch",
@@ -19,4 +20,5 @@ __all__ = [
     "SequenceFileError",
     "SequenceState",
     "TokenEvent",
+    "WindowStrategy",
 ]

@@ -167,6 +167,8 @@ class Engine:
         """Writes what the store lacks of the prefixes in memory, and closes it. Idempotent."""
         if self.store is None or self.store.closed:
             return
+        if self._last is not None:
+            self.keep(self._last.paged)
         try:
             for space, ids, pages, snapshots in self.prefixes.branches() if self.prefixes is not None else ():
                 self.store.put(ids, pages, pool=self.pool, snapshots=snapshots, space=space, last=True)
@@ -263,7 +265,13 @@ class Engine:
             del last
             sequence = self.open(ids)
         self._last = sequence
-        return sequence.generate(params or SamplingParams())
+        return self._turn(sequence, params or SamplingParams())
+
+    def _turn(self, sequence: SequenceState, params: SamplingParams) -> Iterator[TokenEvent]:
+        for event in sequence.generate(params):
+            if event.finish_reason is not None:  # before the last event: its receiver may not come back
+                self.keep(sequence.paged)
+            yield event
 
     def usage(self) -> KVUsage | None:
         """The cache of the last `generate`, or None before the first."""
