@@ -136,6 +136,13 @@ def _resident():
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
+def test_more_than_the_system_maps_is_one_clear_error():
+    with pytest.raises(CacheFull, match="lower kv_bytes"):
+        PagePool(LAYOUT, kv_bytes=1 << 60)
+    with pytest.raises(ValueError, match="kv_bytes is 0"):
+        PagePool(LAYOUT, kv_bytes=0)
+
+
 def test_damage_is_found():
     pool = _pool()
     pages = pool.take_pages(3)

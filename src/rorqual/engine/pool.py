@@ -44,7 +44,7 @@ class PoolStatistics:
 
 
 class PagePool:
-    """Pages and slabs for `kv_bytes` in all. Thread-safe.
+    """Pages and slabs for `kv_bytes` in all. Thread-safe. Raises CacheFull when the system refuses the mapping.
 
     `reclaim(bytes)` is called, without the lock, when something does not fit: whoever sets it frees what nobody uses
     and returns whether anything was freed.
@@ -66,7 +66,15 @@ class PagePool:
         self._slabs_at = at
         size = max(at + self.slab_capacity * layout.slab_bytes, 1)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._map = mmap.mmap(-1, size, flags=flags)
+        try:
+            self._map = mmap.mmap(-1, size, flags=flags)
+        except (OSError, OverflowError) as error:
+            raise CacheFull(
+                f"the system refuses {size} bytes of address space for a cache of {kv_bytes} bytes ({error}): "
+                "lower kv_bytes, or raise the limit (ulimit -v)",
+                need=size,
+                limit=kv_bytes,
+            ) from error
         self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         self._address = int(self._bytes.ctypes.data)
         self.reclaim: Callable[[int], bool] | None = None
