@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import rorqual.engine
 from rorqual.engine import ContextOverflow, Engine, PromptError, SamplingParams, SequenceFileError
 from rorqual.model import Config, Model
+from rorqual.model.packed import PackedWeights
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -179,3 +180,17 @@ def test_gradients_reach_every_parameter():
         n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
     assert without == []
+
+
+def test_expert_bytes_keeps_a_directory_packed_and_gives_the_same_logits(tmp_path):
+    model = Model(Config.preset("tiny"), mtp=False).initialize(3)
+    model.save_pretrained(tmp_path)
+    whole = Engine(PackedWeights(tmp_path), kv_bytes=1 << 22)
+    streamed = Engine(tmp_path, kv_bytes=1 << 22, expert_bytes=1 << 20)
+    one, two = whole.open([1, 2, 3]).logits, streamed.open([1, 2, 3]).logits
+    assert one is not None and two is not None and one.equal(two)
+    assert streamed.weights.experts_resident is False
+    streamed.close()
+    streamed.close()
+    with pytest.raises(ValueError, match="expert_bytes is for a directory"):
+        Engine(model, expert_bytes=1 << 20)

@@ -37,6 +37,7 @@ from rorqual.engine.spill import SpillArea
 from rorqual.engine.store import PageStore, WindowStrategy, load_file, save_file
 from rorqual.engine.torch_runner import TorchRunner
 from rorqual.model import Config, Model
+from rorqual.model.packed import PackedWeights
 from rorqual.model.weights import ModelWeights, Weights
 
 __all__ = ["Engine", "FinishReason", "KVUsage", "SequenceState", "TokenEvent"]
@@ -80,6 +81,8 @@ class Engine:
     prefixes in unused pages. store: a directory that keeps prefixes across restarts, `window` is how it keeps what a
     restart needs beside the pages. runner: `auto`, or `torch` for the reference path. drafts: how many tokens the MTP
     head may draft at a time in `generate` (0: none); the output is the same to the bit (speculative.py).
+    expert_bytes: keep a directory's weights packed and mapped, and at most so many bytes of routed experts in memory,
+    read when needed: for models larger than memory (native path only).
 
     Raises ConfigError or CheckpointError when a directory cannot be loaded, SequenceFileError when `store` cannot be
     used, EngineError when packed weights have no native library to run them.
@@ -98,9 +101,18 @@ class Engine:
         window: WindowStrategy = WindowStrategy.PERIODIC,
         runner: Literal["auto", "torch"] = "auto",
         drafts: int = 0,
+        expert_bytes: int | None = None,
     ) -> None:
+        self._opened: PackedWeights | None = None
         if isinstance(model, str | Path):
-            model = Model.from_pretrained(model)
+            if expert_bytes is None:
+                model = Model.from_pretrained(model)
+            else:
+                model = self._opened = PackedWeights(model, expert_bytes=expert_bytes)
+        elif expert_bytes is not None:
+            raise ValueError(
+                "expert_bytes is for a directory: what is open already is in memory, or brings its own"
+            )
         self._model = model.eval() if isinstance(model, Model) else None
         self.weights: Weights = ModelWeights(model) if isinstance(model, Model) else model
         self.kv_bytes, self.prefill_chunk, self.max_running = kv_bytes, prefill_chunk, max_running
@@ -164,7 +176,12 @@ class Engine:
         return self.weights.config
 
     def close(self) -> None:
-        """Writes what the store lacks of the prefixes in memory, and closes it. Idempotent."""
+        """Writes to the store what it lacks, and closes it and what `expert_bytes` opened. Idempotent."""
+        self._close_store()
+        if self._opened is not None:
+            self._opened.close()
+
+    def _close_store(self) -> None:
         if self.store is None or self.store.closed:
             return
         if self._last is not None:
