@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src/rorqual/sandbox/_async"
 TARGET = ROOT / "src/rorqual/sandbox/_sync"
-MODULES = ("commands", "files", "pty", "sandbox")
-DUNDERS = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__repr__": "__repr__"}
+MODULES = ("commands", "files", "function", "pty", "sandbox")
+DUNDERS = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__call__": "__call__", "__repr__": "__repr__"}
 
 
 def rename(text: str) -> str:
@@ -143,7 +143,11 @@ class Module:
         receiver = owner if "classmethod" in decorators else "self._inner"
         call = f"{receiver}.{item.name}"
         if "property" not in decorators:
-            args = [arg.arg for arg in item.args.args[1:]]
+            args = [
+                arg.arg for arg in [*item.args.posonlyargs, *item.args.args] if arg.arg not in ("self", "cls")
+            ]
+            if item.args.vararg:
+                args.append(f"*{item.args.vararg.arg}")
             call += f"({', '.join([*args, *(f'{arg.arg}={arg.arg}' for arg in item.args.kwonlyargs)])})"
         if isinstance(item, ast.AsyncFunctionDef):
             call = f"run({call})"

@@ -12,10 +12,12 @@ Imports nothing of ours, and no torch. Files, top down: `_async/` (the SDK), `_s
 from __future__ import annotations
 
 from rorqual.sandbox._async.commands import AsyncCommandHandle
+from rorqual.sandbox._async.function import AsyncFunction
 from rorqual.sandbox._async.pty import AsyncPtyHandle
 from rorqual.sandbox._async.sandbox import AsyncSandbox
 from rorqual.sandbox._guest import PtySize
 from rorqual.sandbox._sync.commands import CommandHandle
+from rorqual.sandbox._sync.function import Function
 from rorqual.sandbox._sync.pty import PtyHandle
 from rorqual.sandbox._sync.sandbox import Sandbox
 from rorqual.sandbox.doctor import doctor
@@ -45,6 +47,8 @@ from rorqual.sandbox.records import (
     CommandInfo,
     CommandResult,
     FileEntry,
+    FunctionFailure,
+    FunctionResult,
     Paused,
     SandboxInfo,
     Snapshot,
@@ -55,6 +59,7 @@ from rorqual.sandbox.trajectory import TrajectoryEntry
 __all__ = [
     "SUBSTRATES",
     "AsyncCommandHandle",
+    "AsyncFunction",
     "AsyncPtyHandle",
     "AsyncSandbox",
     "Check",
@@ -63,6 +68,9 @@ __all__ = [
     "CommandNotFound",
     "CommandResult",
     "FileEntry",
+    "Function",
+    "FunctionFailure",
+    "FunctionResult",
     "GuestError",
     "GuestFileError",
     "GuestGone",

@@ -31,6 +31,7 @@ def doctor() -> list[Check]:
     checks += [_runtime(name) for name in host.RUNTIMES]
     if any(check.ok for check in checks[-len(host.RUNTIMES) :]):
         checks += _portal.run(_limits())
+        checks.append(_portal.run(_function()))
     checks += [
         _python(),
         _kvm(),
@@ -166,6 +167,20 @@ async def _limits() -> list[Check]:
             )
         )
     return checks
+
+
+async def _function() -> Check:
+    try:
+        async with await AsyncSandbox.function(workers=1) as fn:
+            calls = [await fn("import os; os.getpid()") for _ in range(5)]
+    except SandboxError as error:
+        return Check(name="function", ok=False, why=str(error), fix=getattr(error, "fix", ""))
+    fresh = all(call.value == 1 for call in calls)
+    best = min(call.seconds for call in calls) * 1e3
+    why = f"5 calls, each process 1 of its own namespace; the fastest took {best:.1f} ms"
+    return Check(
+        name="function", ok=fresh, why=why if fresh else f"a call did not come back: {calls}", fix=""
+    )
 
 
 def _python() -> Check:

@@ -73,6 +73,51 @@ class SandboxSpec:
             _check_mount(mount)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FunctionSpec:
+    """A checked request for a function. Every limit but `workers` is that of one call."""
+
+    image: str = "base"
+    python: str = "python3"
+    """The image's Python, 3.9 or newer: a name in its PATH or an absolute path inside."""
+    imports: Sequence[str] = ()
+    """Modules that every call finds imported. They are imported by the zygote, before any limit of a call holds."""
+    memory_mb: int = 256
+    """Everything a call holds in memory, its /tmp, home and /dev/shm included."""
+    cpu: float = 1.0
+    pids: int = 32
+    timeout: float = 30.0
+    """Seconds a call may run, unless it is given its own."""
+    workers: int = 2
+    """Calls that run at the same time; the others wait."""
+    envs: Mapping[str, str] = field(default_factory=dict)
+    network: str = "offline"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.imports, str) or not all(
+            isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+            for name in self.imports
+        ):
+            raise InvalidRequest(f"imports: {self.imports!r} must be a sequence of module names")
+        if not re.fullmatch(r"/?[A-Za-z0-9._+-]+(/[A-Za-z0-9._+-]+)*", self.python):
+            raise InvalidRequest(
+                f"python: {self.python!r} is neither a program's name nor an absolute path inside"
+            )
+        _number("workers", self.workers, low=1, high=256, unit="calls at once")
+        for name, value in (("workers", self.workers), ("pids", self.pids), ("memory_mb", self.memory_mb)):
+            if not isinstance(value, int):
+                raise InvalidRequest(f"{name}: {value!r} must be a whole number")
+        _number("pids", self.pids, low=1, high=1 << 16, unit="processes")
+        call_timeout(self.timeout)
+        SandboxSpec(image=self.image, memory_mb=self.memory_mb, cpu=self.cpu, envs=self.envs)
+
+
+def call_timeout(seconds: Any) -> float:
+    """The checked deadline of one call. Raises InvalidRequest."""
+    _number("timeout", seconds, low=0.01, high=86400, unit="seconds")
+    return float(seconds)
+
+
 def _number(name: str, value: Any, *, low: float, high: float, unit: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InvalidRequest(f"{name}: {value!r} must be a number from {low:g} to {high:g} ({unit})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,6 +123,45 @@ class Snapshot:
     """Files and directories written or removed."""
     seconds: float
     """How long it stood still for the copy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FunctionFailure:
+    """The exception that ended the code of a call, as text."""
+
+    type: str
+    message: str
+    traceback: str
+    """From the first line of the code on; at most 64 Ki characters, from the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FunctionResult:
+    """How a call ended. Its failure is data, not an exception."""
+
+    value: Any
+    """JSON: what the function returned, the last expression of the code, or its `result`; None when it failed."""
+    stdout: str
+    """At most 1 MiB, from the start; what is not UTF-8 as U+FFFD."""
+    stderr: str
+    exit_code: int
+    """0; 1 after an exception; what `sys.exit` was given; 128 + signal when a signal ended it."""
+    timed_out: bool
+    """Its deadline passed: every process of it was killed; stdout and stderr hold what it had printed."""
+    oom: bool
+    """The memory limit killed a process of it."""
+    truncated: bool
+    """It printed more than is kept of a stream; the rest was read and dropped."""
+    error: FunctionFailure | None
+    """The exception, or why there is no value."""
+    seconds: float
+    """From the worker's receipt of the call to the death of its last process."""
+    seq: int
+    """Its number in the trajectory log."""
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == 0 and self.error is None and not self.timed_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,8 +18,12 @@ architecture only: 32-bit code is killed.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
 from typing import Any
+
+from rorqual.sandbox.errors import HostUnfit
 
 ALLOWED = tuple(
     [
@@ -383,6 +387,9 @@ _SOCKET_DOMAINS = (1, 2, 10, 16)
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0x40000, 0xFFFFFFFF)
 """PER_LINUX, PER_LINUX32, UNAME26 and its 32-bit twin, ADDR_NO_RANDOMIZE, the query."""
 _EPERM, _ENOSYS = 1, 38
+_OPTIMIZE = 8
+"""SCMP_FLTATR_CTL_OPTIMIZE"""
+_OPS = {"SCMP_CMP_EQ": 4, "SCMP_CMP_MASKED_EQ": 7}
 _ARCHES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 
 
@@ -414,3 +421,77 @@ def profile(machine: str | None = None) -> dict[str, Any]:
         "architectures": [arch] if arch else [],
         "syscalls": rules,
     }
+
+
+def function_profile(machine: str | None = None) -> dict[str, Any]:
+    """As `profile`, without what could carry a state from one call of a function to another in the same namespaces:
+    sockets other than Unix ones, and watches on the shared files."""
+    result = profile(machine)
+    rules = []
+    for rule in result["syscalls"]:
+        domains = [item["value"] for item in rule.get("args", ()) if rule["names"] == ["socket"]]
+        if not domains or domains == [1]:
+            names = [name for name in rule["names"] if not name.startswith("inotify_")]
+            rules.append(rule | {"names": names})
+    denied = ["inotify_init", "inotify_init1", "inotify_add_watch"]
+    rules.append({"names": denied, "action": "SCMP_ACT_ERRNO", "errnoRet": _EPERM})
+    return result | {"syscalls": rules}
+
+
+class _Comparison(ctypes.Structure):
+    """struct scmp_arg_cmp"""
+
+    _fields_ = (
+        ("arg", ctypes.c_uint),
+        ("op", ctypes.c_int),
+        ("datum_a", ctypes.c_uint64),
+        ("datum_b", ctypes.c_uint64),
+    )
+
+
+def compiled(document: dict[str, Any]) -> bytes:
+    """The profile as a filter program (struct sock_filter[]) for this machine, by the host's libseccomp, which the
+    OCI runtimes use too. Names that it does not know are left out, and answer ENOSYS.
+
+    Raises:
+        HostUnfit: no libseccomp.
+    """
+    try:
+        lib = ctypes.CDLL("libseccomp.so.2")
+    except OSError as error:
+        raise HostUnfit(
+            f"libseccomp cannot be loaded: {error}.", fix="apt-get install libseccomp2"
+        ) from error
+    lib.seccomp_init.restype = ctypes.c_void_p
+
+    def action(name: str, errno: int) -> int:
+        return {"SCMP_ACT_ALLOW": 0x7FFF0000, "SCMP_ACT_ERRNO": 0x00050000 | errno}[name]
+
+    context = ctypes.c_void_p(
+        lib.seccomp_init(action(document["defaultAction"], document["defaultErrnoRet"]))
+    )
+    try:
+        lib.seccomp_attr_set(context, _OPTIMIZE, 2)  # a binary tree of the numbers, where it can
+        for rule in document["syscalls"]:
+            what = action(rule["action"], rule.get("errnoRet", 0))
+            tests = [
+                _Comparison(item["index"], _OPS[item["op"]], item["value"], item["valueTwo"])
+                for item in rule.get("args", ())
+            ]
+            for name in rule["names"]:
+                number = lib.seccomp_syscall_resolve_name(name.encode())
+                if number < 0:
+                    continue
+                array = (_Comparison * len(tests))(*tests)
+                failed = lib.seccomp_rule_add_array(context, what, number, len(tests), array)
+                if failed:
+                    raise HostUnfit(f"libseccomp refuses the rule for {name}: {os.strerror(-failed)}.")
+        fd = os.memfd_create("filter")
+        try:
+            if failed := lib.seccomp_export_bpf(context, fd):
+                raise HostUnfit(f"libseccomp cannot write the filter: {os.strerror(-failed)}.")
+            return os.pread(fd, 1 << 20, 0)
+        finally:
+            os.close(fd)
+    finally:
+        lib.seccomp_release(context)

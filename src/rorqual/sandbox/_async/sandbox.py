@@ -25,6 +25,7 @@ from typing import Any
 from rorqual.sandbox import prune
 from rorqual.sandbox._async.commands import AsyncCommands
 from rorqual.sandbox._async.files import AsyncFiles
+from rorqual.sandbox._async.function import AsyncFunction
 from rorqual.sandbox._async.pty import AsyncPty
 from rorqual.sandbox._guest import GuestClient
 from rorqual.sandbox._session import Session
@@ -40,7 +41,7 @@ from rorqual.sandbox.errors import (
 from rorqual.sandbox.images import Bounds, store
 from rorqual.sandbox.keeper import cgroups, leases
 from rorqual.sandbox.keeper.client import KeeperDied, keeper_at
-from rorqual.sandbox.limits import Mount, SandboxSpec, parse_mounts
+from rorqual.sandbox.limits import FunctionSpec, Mount, SandboxSpec, parse_mounts
 from rorqual.sandbox.records import Paused, SandboxInfo, Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates import Launched, substrate
@@ -140,12 +141,61 @@ class AsyncSandbox:
             metadata=dict(metadata or {}),
             keep=keep,
         )
-        kind = _substrate(spec, require)
+        kind = _require(spec.substrate, require)
         state = StateDir.from_environment()
         state.prepare()
         await asyncio.to_thread(prune.reap_once, state)
         path = Path.cwd() / trajectory if trajectory is not None else state.trajectory
         return await cls._start(kind, spec, state=state, trajectory=path)
+
+    @classmethod
+    async def function(
+        cls,
+        *,
+        image: str | Snapshot = "base",
+        python: str = "python3",
+        imports: Sequence[str] = (),
+        memory_mb: int = 256,
+        cpu: float = 1.0,
+        pids: int = 32,
+        timeout: float = 30.0,
+        workers: int = 2,
+        envs: Mapping[str, str] | None = None,
+        network: str = "offline",
+        require: Sequence[str] = (),
+        trajectory: str | Path | None = None,
+    ) -> AsyncFunction:
+        """Starts a pool for stateless calls: `fn(code_or_function, *args)`. Returns when a call is prepared.
+
+        Every call gets fresh process, mount and ipc namespaces, a fresh /tmp, home and /dev/shm, no capability and
+        no network, and these limits for itself; nothing of it is there for the next. imports: modules that every
+        call finds imported. workers: calls at once; the others wait. Fields and defaults: limits.FunctionSpec.
+
+        Raises:
+            InvalidRequest, Unsupported, ImageNotFound: as `create`.
+            HostUnfit: not root, no cgroups, or no ids for a user namespace.
+            LaunchFailed: Python did not start or an import failed; nothing is left of it.
+        """
+        spec = FunctionSpec(
+            image=image.name if isinstance(image, Snapshot) else image,
+            python=python,
+            imports=imports if isinstance(imports, str) else tuple(imports),
+            memory_mb=memory_mb,
+            cpu=cpu,
+            pids=pids,
+            timeout=timeout,
+            workers=workers,
+            envs=dict(envs or {}),
+            network=network,
+        )
+        _require("function", require)
+        state = StateDir.from_environment()
+        state.prepare()
+        await asyncio.to_thread(prune.reap_once, state)
+        path = Path.cwd() / trajectory if trajectory is not None else state.trajectory
+        made = AsyncFunction(spec, state=state, trajectory=path)
+        await made.start()
+        return made
 
     @classmethod
     async def _start(
@@ -177,6 +227,12 @@ class AsyncSandbox:
         record = _record(state, sandbox_id)
         if record is None:
             raise SandboxNotFound(sandbox_id, cause=await asyncio.to_thread(_logged_cause, state, sandbox_id))
+        if record["substrate"] == "function":
+            raise Unsupported(
+                f"connect({sandbox_id!r})",
+                reason="it is a function, whose calls belong to the client that made it",
+                available=["Sandbox.function()"],
+            )
         try:
             keeper = await asyncio.to_thread(keeper_at, Path(record["keeper"]))
             answer = await asyncio.wrap_future(keeper.request("status", sandbox=sandbox_id))
@@ -458,13 +514,14 @@ class AsyncSandbox:
             raise
 
 
-def _substrate(spec: SandboxSpec, require: Sequence[str]) -> Any:
-    kind = substrate(spec.substrate)
-    missing = [name for name in require if name not in kind.capabilities()]
+def _require(name: str, require: Sequence[str]) -> Any:
+    """The substrate, when it has all of these. Raises Unsupported."""
+    kind = substrate(name)
+    missing = [item for item in require if item not in kind.capabilities()]
     if missing:
         raise Unsupported(
             f"require={missing}",
-            reason=f"the {spec.substrate} substrate does not have it",
+            reason=f"the {name} substrate does not have it",
             available=sorted(kind.capabilities()),
         )
     return kind

@@ -12,6 +12,7 @@ from rorqual.sandbox._async.sandbox import _BOUNDS, AsyncSandbox, AsyncTrajector
 from rorqual.sandbox._portal import run
 from rorqual.sandbox._sync.commands import Commands
 from rorqual.sandbox._sync.files import Files
+from rorqual.sandbox._sync.function import Function
 from rorqual.sandbox._sync.pty import Pty
 from rorqual.sandbox.images import Bounds
 from rorqual.sandbox.limits import Mount
@@ -98,6 +99,53 @@ class Sandbox:
                     metadata=metadata,
                     require=require,
                     keep=keep,
+                    trajectory=trajectory,
+                )
+            )
+        )
+
+    @classmethod
+    def function(
+        cls,
+        *,
+        image: str | Snapshot = "base",
+        python: str = "python3",
+        imports: Sequence[str] = (),
+        memory_mb: int = 256,
+        cpu: float = 1.0,
+        pids: int = 32,
+        timeout: float = 30.0,
+        workers: int = 2,
+        envs: Mapping[str, str] | None = None,
+        network: str = "offline",
+        require: Sequence[str] = (),
+        trajectory: str | Path | None = None,
+    ) -> Function:
+        """Starts a pool for stateless calls: `fn(code_or_function, *args)`. Returns when a call is prepared.
+
+        Every call gets fresh process, mount and ipc namespaces, a fresh /tmp, home and /dev/shm, no capability and
+        no network, and these limits for itself; nothing of it is there for the next. imports: modules that every
+        call finds imported. workers: calls at once; the others wait. Fields and defaults: limits.FunctionSpec.
+
+        Raises:
+            InvalidRequest, Unsupported, ImageNotFound: as `create`.
+            HostUnfit: not root, no cgroups, or no ids for a user namespace.
+            LaunchFailed: Python did not start or an import failed; nothing is left of it.
+        """
+        return Function(
+            run(
+                AsyncSandbox.function(
+                    image=image,
+                    python=python,
+                    imports=imports,
+                    memory_mb=memory_mb,
+                    cpu=cpu,
+                    pids=pids,
+                    timeout=timeout,
+                    workers=workers,
+                    envs=envs,
+                    network=network,
+                    require=require,
                     trajectory=trajectory,
                 )
             )

@@ -145,6 +145,61 @@ def reclaim(path: str) -> bool:
     return False
 
 
+def make_slots(path: str, count: int, *, memory: int, pids: int, cpu: float) -> list[str]:
+    """Makes `count` cgroups below that of a live sandbox, each with these limits; returns their paths. Needs root.
+
+    memory in bytes, cpu in CPUs. They go with the sandbox's cgroup (`remove`).
+    Raises OSError.
+    """
+    slots = [f"{path}/call{number}" for number in range(count)]
+    quota, period = max(1000, int(cpu * 100_000)), 100_000
+    points = hierarchies()
+    v2 = "memory" not in points
+    if v2:  # a cgroup with children that are limited may hold no process itself
+        top = points["unified"] + path
+        os.makedirs(top + "/zygote", exist_ok=True)
+        with open(top + "/cgroup.procs", encoding="ascii") as file:
+            for pid in file.read().split():
+                _write(top + "/zygote/cgroup.procs", pid)
+        _write(top + "/cgroup.subtree_control", "+memory +pids +cpu")
+    for slot in slots:
+        limits = (
+            {
+                "unified/memory.max": memory,
+                "unified/pids.max": pids,
+                "unified/cpu.max": f"{quota} {period}",
+            }
+            if v2
+            else {
+                "memory/memory.limit_in_bytes": memory,
+                "memory/memory.memsw.limit_in_bytes": memory,  # the sum with swap: no swap
+                "pids/pids.max": pids,
+                "cpu/cpu.cfs_period_us": period,
+                "cpu/cpu.cfs_quota_us": quota,
+            }
+        )
+        for key, value in limits.items():
+            controller, _, name = key.partition("/")
+            place = points[controller] + slot
+            os.makedirs(place, exist_ok=True)
+            if "memsw" not in name or os.path.exists(f"{place}/{name}"):
+                _write(f"{place}/{name}", str(value))
+    return slots
+
+
+def join_slot(slot: str, pid: int) -> None:
+    """Moves a process into a cgroup of `make_slots`. Raises OSError."""
+    points = hierarchies()
+    controllers = ("memory", "pids", "cpu") if "memory" in points else ("unified",)
+    for place in {points[name] + slot for name in controllers}:
+        _write(place + "/cgroup.procs", str(pid))
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+
+
 def kill_all(path: str) -> None:
     """SIGKILL to every process of the cgroup, until none is left or a second has passed."""
     thaw(path)

@@ -133,8 +133,9 @@ class Keeper:
     def run(self) -> None:
         while self.owner_alive or self.entries:
             now = time.monotonic()
-            nearest = min((entry.deadline for entry in self.entries.values()), default=now + 3600)
-            pause = holds.POLL_S if self.holds.waiting else nearest - now
+            nearest = min((entry.deadline for entry in self.entries.values()), default=now + 3600.0)
+            # An hour at most: epoll takes no wait above 24.8 days, and lifetimes go up to 30.
+            pause = holds.POLL_S if self.holds.waiting else min(nearest - now, 3600.0)
             for key, _ in self.selector.select(max(0.0, pause)):
                 if key.data == "wake":
                     with contextlib.suppress(BlockingIOError):

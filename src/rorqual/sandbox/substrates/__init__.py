@@ -5,9 +5,10 @@ from __future__ import annotations
 from rorqual.sandbox.errors import InvalidRequest, Unsupported
 from rorqual.sandbox.substrates.base import Launched, Substrate
 from rorqual.sandbox.substrates.container import Container
+from rorqual.sandbox.substrates.function import Functions
 
 SUBSTRATES = ("function", "container", "microvm", "fullvm")
-_BUILT: dict[str, Substrate] = {"container": Container()}
+_BUILT: dict[str, Substrate] = {"container": Container(), "function": Functions()}
 
 
 def substrate(name: str) -> Substrate:

@@ -87,10 +87,10 @@ class Container:
         keeper = await asyncio.to_thread(own_keeper, state)
         key = tuple(path for _, path in plan.runtimes)
         with self._lock:
-            variants = [self._proven[key]] if key in self._proven else _variants(plan)
+            ways = [self._proven[key]] if key in self._proven else variants(plan)
         failure: LaunchFailed | None = None
-        for variant in variants:
-            if failure is not None and not _worth_trying(failure, variant):
+        for variant in ways:
+            if failure is not None and not worth_trying(failure, variant):
                 continue
             try:
                 launched = await _launch(
@@ -126,7 +126,7 @@ def _with_user(spec: SandboxSpec, plan: host.HostPlan) -> SandboxSpec:
     return spec
 
 
-def _variants(plan: host.HostPlan) -> list[host.HostPlan]:
+def variants(plan: host.HostPlan) -> list[host.HostPlan]:
     """Every runtime with idmapped layers, then every runtime without, each saying what differs."""
     result = [plan.with_runtime(name) for name, _ in plan.runtimes]
     if plan.idmap:
@@ -135,7 +135,7 @@ def _variants(plan: host.HostPlan) -> list[host.HostPlan]:
     return result
 
 
-def _worth_trying(failure: LaunchFailed, variant: host.HostPlan) -> bool:
+def worth_trying(failure: LaunchFailed, variant: host.HostPlan) -> bool:
     if failure.stage == "mounts":
         return "idmapped" in failure.detail and not variant.idmap
     return failure.stage in ("runtime", "limits")
@@ -152,8 +152,13 @@ async def _launch(
     state: StateDir,
     trajectory: Path,
 ) -> Launched:
-    cgroup = f"/rorqual-{sandbox_id}" if plan.has_cgroups else ""
     order = launch_order(spec, plan, root, guest, sandbox_id=sandbox_id, state=state, trajectory=trajectory)
+    return await start(order, plan, keeper)
+
+
+async def start(order: dict[str, Any], plan: host.HostPlan, keeper: KeeperClient) -> Launched:
+    """Has the keeper launch it; returns when its first process runs under its memory limit. Raises LaunchFailed."""
+    sandbox_id, cgroup, record = order["id"], order["cgroup"], order["record"]
     future = keeper.request("launch", order=order)
     try:
         answer = await asyncio.wait_for(asyncio.wrap_future(future), timeout=_LAUNCH_DEADLINE_S)
@@ -171,26 +176,26 @@ async def _launch(
         raise LaunchFailed(sandbox_id, stage=answer["error"]["stage"], detail=answer["error"]["detail"])
     if plan.has_cgroups:
         held = memory_limit(cgroup)
-        if held != spec.memory_mb << 20:
+        if held != order["config"]["linux"]["resources"]["memory"]["limit"]:
             detail = f"{plan.runtimes[0][0]} started the sandbox without its memory limit (found {held})"
             await asyncio.wrap_future(
                 keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=detail)
             )
             raise LaunchFailed(sandbox_id, stage="limits", detail=detail)
-    if spec.keep:
+    if order["keep"]:
         keeper.keeps = True
     holder = "cgroup" if plan.has_cgroups else "rlimit"
     return Launched(
         sandbox_id=sandbox_id,
         keeper=keeper,
-        guest_socket=state.sandboxes / sandbox_id / "guest.sock",
-        user=spec.user,
-        workdir=order["record"]["workdir"],
+        guest_socket=Path(order["directory"]) / "guest.sock",
+        user=record["user"],
+        workdir=record["workdir"],
         expires=answer["expires"],
         runtime=plan.runtimes[0][0],
-        envs=order["record"]["envs"],
-        limits=order["record"]["limits"] | {"memory": holder, "pids": holder},
-        notes=tuple(order["record"]["notes"]),
+        envs=record["envs"],
+        limits=record["limits"] | {"memory": holder, "pids": holder},
+        notes=tuple(record["notes"]),
         oom_kills=cgroups.OomCounter(cgroup).read,
     )
 
@@ -295,7 +300,7 @@ def launch_order(
         "env": {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": str(directory)},
         "record": {
             "id": sandbox_id,
-            "substrate": "container",
+            "substrate": spec.substrate,
             "image": spec.image,
             "runtime": runtime,
             "rootless": plan.rootless,
