@@ -31,6 +31,7 @@ from rorqual.sandbox import (
     seccomp,
 )
 from rorqual.sandbox.host import plan
+from rorqual.sandbox.images import remove_image
 from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates import function as substrate
@@ -58,6 +59,16 @@ def processes(function: Function | AsyncFunction, slot: int = 0) -> set[int]:
     point = cgroups.hierarchies()["memory" if "memory" in cgroups.hierarchies() else "unified"]
     text = Path(f"{point}/rorqual-{function.id}/call{slot}/cgroup.procs").read_text(encoding="ascii")
     return {int(pid) for pid in text.split()}
+
+
+def worker_of(function: Function, slot: int = 0) -> int:
+    """Of the processes in a slot, the one whose parent is not there. Process ids wrap: the lowest may be any."""
+    found = processes(function, slot)
+    parents = {
+        pid: int(Path(f"/proc/{pid}/status").read_text().split("PPid:")[1].split()[0]) for pid in found
+    }
+    (worker,) = (pid for pid, parent in parents.items() if parent not in found)
+    return worker
 
 
 # --- calls ---------------------------------------------------------------------------------------------------
@@ -184,6 +195,20 @@ def test_it_is_listed_logged_and_not_connected_to(fn: Function) -> None:
         Sandbox.connect(fn.id)
     with pytest.raises(Unsupported, match=r"Sandbox\.function"):
         Sandbox.create(substrate="function")
+
+
+def test_an_image_that_holds_a_trap_under_our_names_is_no_danger(fn: Function) -> None:
+    with Sandbox.create(memory_mb=64, require=["disk_snapshot"]) as box:
+        trap = "mkfifo /.rorqual/function.json; ln /etc/passwd /.rorqual/zygote.py"
+        module = "echo 'answer = 42' > /usr/lib/python3/dist-packages/mine.py"
+        assert box.commands.run(f"{trap}; {module}", user="root").ok
+        snap = box.snapshot()
+    try:
+        with Sandbox.function(image=snap, imports=["mine"], workers=1) as function:
+            assert function("import mine; mine.answer").value == 42
+            assert function("open('/etc/passwd').read(4)").value == "root"
+    finally:
+        remove_image(snap.name)
 
 
 # --- no state ------------------------------------------------------------------------------------------------
@@ -461,10 +486,10 @@ def test_the_death_of_the_zygote_has_a_cause_and_the_pool_goes_on(runtime: str) 
 
 
 def test_the_death_of_a_worker_ends_its_call_alone(fn: Function) -> None:
-    before, calm = fn.id, processes(fn)
+    before = fn.id
     thread, errors = running(fn, SLEEPER)
     pids = processes(fn)
-    os.kill(min(calm), signal.SIGKILL)  # the worker came first
+    os.kill(worker_of(fn), signal.SIGKILL)
     thread.join(timeout=20)
     assert len(errors) == 1 and isinstance(errors[0], GuestGone)
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))

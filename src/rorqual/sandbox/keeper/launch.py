@@ -161,7 +161,9 @@ def _mounts(order: dict[str, Any], idmaps: Idmaps | None) -> None:
         os.chmod(place, item["mode"])
     for item in order["files"]:
         place = _target(item["path"], directory=False, owner=order["owner"])
-        with open(place, "w", encoding="utf-8") as file:
+        os.unlink(place)  # a snapshot may hold anything under this name: a pipe, a link to another file
+        with open(place, "x", encoding="utf-8") as file:
+            os.fchown(file.fileno(), order["owner"], order["owner"])
             file.write(item["text"])
     for item in order["binds"]:
         fd = idmaps.fd(item["uid_map"], item["gid_map"]) if idmaps is not None and item["uid_map"] else None
