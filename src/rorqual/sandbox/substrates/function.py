@@ -241,7 +241,8 @@ class Worker:
             pid = await asyncio.wait_for(_sender(sock), timeout=_HELLO_S)
             hello, _ = await asyncio.wait_for(worker.receive(), timeout=10.0)
             if hello.get("error"):
-                raise LaunchFailed(sandbox_id, stage="imports", detail=str(hello["error"])[:4096])
+                stage = "imports" if hello.get("stage") == "imports" else "mounts"
+                raise LaunchFailed(sandbox_id, stage=stage, detail=str(hello["error"])[:4096])
             try:
                 cgroups.join_slot(slot, pid)
             except OSError as error:

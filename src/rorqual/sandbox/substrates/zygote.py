@@ -108,9 +108,10 @@ def close_the_house() -> None:
 def main() -> None:
     with open(CONFIG, encoding="utf-8") as file:
         config = json.load(file)
-    failure = ""
+    failure, stage = "", "mounts"
     try:
         close_the_house()
+        stage = "imports"
         for name in config["imports"]:
             importlib.import_module(name)
     except BaseException as error:
@@ -127,7 +128,7 @@ def main() -> None:
                 pid = os.fork()
                 if pid == 0:
                     with contextlib.suppress(BaseException):
-                        Worker(listener, config, failure).run()
+                        Worker(listener, config, (stage, failure)).run()
                     os._exit(0)
                 workers.add(pid)
         except OSError:  # the process limit: calls are ending, and their places come back
@@ -143,7 +144,8 @@ def main() -> None:
 
 def end_orphans(workers: set[int]) -> None:
     """A worker that was killed leaves its call's process to us: it ends with the worker."""
-    with open("/proc/self/task/1/children", encoding="ascii") as file:
+    # Without this file (CONFIG_PROC_CHILDREN) their parent-death signal alone ends them.
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/task/1/children", encoding="ascii") as file:
         for pid in map(int, file.read().split()):
             if pid not in workers:
                 with contextlib.suppress(ProcessLookupError):
@@ -172,14 +174,16 @@ class Child:
 
 
 class Worker:
-    def __init__(self, listener: socket.socket, config: dict[str, Any], failure: str) -> None:
+    def __init__(self, listener: socket.socket, config: dict[str, Any], failure: tuple[str, str]) -> None:
         self.config = config
         self.failure = failure
         self.conn, _ = listener.accept()
         listener.close()
 
     def run(self) -> None:
-        send(self.conn, {"hello": 1, "python": sys.version.split()[0], "error": self.failure})
+        send(
+            self.conn, {"python": sys.version.split()[0], "stage": self.failure[0], "error": self.failure[1]}
+        )
         if receive(self.conn) is None:  # the client has put us into our slot's cgroup now
             return
         try:
