@@ -91,6 +91,8 @@ class Round:
 
     stages: tuple[Stage, ...]
     decay_share: float
+    rate: float = 1.0
+    """Factor on the learning rates."""
     sharpen: float = 1.0
     """Before the first step: CSA entries' norm weights times this. Logits are at most sqrt(D) times those, too little
     to tell a record from dozens that share half its key, and AdamW would take thousands of steps to raise them."""
@@ -116,6 +118,11 @@ ROUNDS = (
         decay_share=0.45,
         sharpen=1.8,
         first_weight=5.0,
+    ),
+    Round(
+        stages=(Stage(steps=90, length=4096, batch=1, records=448, fewest=64, sparse=True, quant=True),),
+        decay_share=0.7,
+        rate=0.4,
     ),
 )
 
@@ -206,7 +213,7 @@ def train(out: Path, *, minutes: float | None) -> None:
         (loss + result.index_loss).backward()  # type: ignore[no-untyped-call]
         length = sum(stage.steps for stage in part.stages)
         factor = sft.schedule(step - begun, steps=length, warmup=50, decay_share=part.decay_share)
-        norm = optimizers.step(factor)
+        norm = optimizers.step(part.rate * factor)
         sft.balance(model, 1e-3)
         step, tokens = step + 1, tokens + ids.numel()
         row: dict[str, Any] = {
