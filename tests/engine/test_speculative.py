@@ -111,7 +111,7 @@ def test_drafting_rests_while_it_costs_more_than_it_gives(monkeypatch: pytest.Mo
 
     def run(drafted_seconds: float, accepted: int) -> list[bool]:
         pace, said = Pace(), []
-        for _ in range(200):
+        for _ in range(700):
             drafted = pace.drafts()
             said.append(drafted)
             pace.note(
@@ -123,5 +123,5 @@ def test_drafting_rests_while_it_costs_more_than_it_gives(monkeypatch: pytest.Mo
 
     paying, losing = run(1.5, accepted=1), run(2.5, accepted=1)
     assert all(paying[20:]), "1.5 s for two tokens beats 1 s for one"
-    assert sum(losing) <= 3 * Pace.PROBE and not any(losing[20:120]), "2.5 s for two tokens does not"
-    assert any(losing[130:]), "and is tried again later"
+    assert sum(losing) <= 3 * Pace.PROBE and not any(losing[20:500]), "2.5 s for two tokens does not"
+    assert any(losing[520:]), "and is tried again later"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,35 +34,10 @@ if TYPE_CHECKING:
 __all__ = ["Pace", "Speculation", "speculate"]
 
 
-@dataclass(slots=True)
-class Speculation:
-    """What drafting has done so far, over all generations of an engine."""
-
-    drafted: int = 0
-    accepted: int = 0
-    calls: int = 0
-    """Calls of the model that checked drafts."""
-    plain_calls: int = 0
-    """Calls without a draft: the first of a generation, and while drafting is off."""
-    tokens: int = 0
-    """Tokens generated."""
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the drafts that were right; 0 before the first."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-    @property
-    def tokens_per_call(self) -> float:
-        """Tokens that one call of the model gives; 1 without drafts."""
-        calls = self.calls + self.plain_calls
-        return self.tokens / calls if calls else 0.0
-
-
 class Pace:
     """Decides by measured seconds a token whether drafting pays. `clock` gives seconds."""
 
-    PROBE, REST = 8, 128
+    PROBE, REST = 8, 512
     """Calls of each kind that a judgement rests on; tokens without drafts after one against them."""
 
     def __init__(self) -> None:
@@ -95,6 +70,33 @@ class Pace:
                     self._spent[kind] /= 2
                     self._made[kind] //= 2
                     self._calls[kind] = max(self._calls[kind] // 2, self.PROBE)
+
+
+@dataclass(slots=True)
+class Speculation:
+    """What drafting has done so far, over all generations of an engine."""
+
+    drafted: int = 0
+    accepted: int = 0
+    calls: int = 0
+    """Calls of the model that checked drafts."""
+    plain_calls: int = 0
+    """Calls without a draft: the first of a generation, and while drafting is off."""
+    tokens: int = 0
+    """Tokens generated."""
+    pace: Pace = field(default_factory=Pace)
+    """Whether drafting pays, learnt over all of them."""
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that were right; 0 before the first."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_call(self) -> float:
+        """Tokens that one call of the model gives; 1 without drafts."""
+        calls = self.calls + self.plain_calls
+        return self.tokens / calls if calls else 0.0
 
 
 class _Drafter:
@@ -153,7 +155,7 @@ def speculate(
     assert isinstance(runner, NativeRunner), "only the native runner drafts"
     assert 1 <= drafts <= paged.layout.slack, "a rejected draft is undone by a move of the head"
     limit = engine.config.max_position_embeddings
-    pace, drafter = Pace(), _Drafter(runner, paged, params)
+    pace, drafter = figures.pace, _Drafter(runner, paged, params)
     fed, logits, streams = _begin(sequence, runner)
     first_call, proposed = True, list[int]()
     done, spent = 0, 0.0
