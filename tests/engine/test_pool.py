@@ -1,7 +1,9 @@
 """Pages and slabs: counts, sharing, copies, limits, and memory that costs nothing until touched."""
 
 import gc
+import os
 import resource
+import sys
 
 import numpy as np
 import pytest
@@ -151,3 +153,13 @@ def test_damage_is_found():
     pool._free_pages.append(pages[0])
     with pytest.raises(AssertionError, match="free and referenced"):
         pool.check_integrity()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux accounts for address space")
+def test_pools_larger_than_memory_do_not_keep_a_process_from_forking():
+    pools = [PagePool(LAYOUT, kv_bytes=1 << 38) for _ in range(4)]
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    assert os.waitpid(child, 0) == (child, 0)
+    assert len(pools) == 4

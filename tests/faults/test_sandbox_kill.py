@@ -336,6 +336,7 @@ def test_paused_sandboxes_and_the_layers_of_forks_go_with_kill_9(state: StateDir
         prune()
     wait_for(lambda: gone(state, record["ids"]))
     wait_for(lambda: not list(state.images.glob(".fork-*")))
+    wait_for(lambda: all(cause_of(state, name) for name in record["ids"]))
     causes = {cause_of(state, name) for name in record["ids"]}
     assert causes == ({"infra"} if keeper_too else {"killed"})
 

@@ -10,6 +10,7 @@ Owns bytes and counts. Never knows what a token is, nor which sequence holds wha
 from __future__ import annotations
 
 import mmap
+import sys
 import threading
 import weakref
 from collections import Counter, deque
@@ -25,6 +26,9 @@ from rorqual.engine.layout import CacheLayout
 __all__ = ["PagePool", "PoolStatistics"]
 
 OS_PAGE = mmap.PAGESIZE
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Address space of a pool is no promise of memory: with it counted, a process of a few engines cannot fork. Python 3.11
+has no name for the flag."""
 BULK_BYTES = 1 << 20
 """Freeing at least this much at once gives the memory back to the system; less is kept warm for the next page."""
 
@@ -65,7 +69,7 @@ class PagePool:
                 at += -(-size * self.page_capacity // OS_PAGE) * OS_PAGE
         self._slabs_at = at
         size = max(at + self.slab_capacity * layout.slab_bytes, 1)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         try:
             self._map = mmap.mmap(-1, size, flags=flags)
         except (OSError, OverflowError) as error:

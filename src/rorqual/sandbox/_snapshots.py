@@ -12,9 +12,10 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rorqual.sandbox._session import Session
 from rorqual.sandbox.errors import ImageRejected, SandboxError
@@ -27,6 +28,7 @@ from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
 
 _ABORT_S = 10.0
+T = TypeVar("T")
 
 
 async def take(
@@ -39,6 +41,7 @@ async def take(
         SandboxEnded: it ended meanwhile. SandboxError: it did not come to a standstill.
     """
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=state.images))
+    final = name or f"{leases.FORK_PREFIX}{secrets.token_hex(6)}"
     held: list[int] = []
     try:
         (building / leases.FILE).touch(mode=0o600)
@@ -46,14 +49,14 @@ async def take(
         start = time.monotonic()
         report = await _copy(session, building, bounds=bounds, durable=bool(name))
         seconds = time.monotonic() - start
-        image = await asyncio.to_thread(
-            snapshots.finish, building, report=report, source=dict(record), fork=not name, state=state
-        )
-        final = name or f"{leases.FORK_PREFIX}{secrets.token_hex(6)}"
-        await asyncio.to_thread(store.install, building, name=final, state=state, record=image)
+        finish = partial(snapshots.finish, report=report, source=dict(record), fork=not name, state=state)
+        image = await _to_its_end(partial(finish, building))
+        await _to_its_end(partial(store.install, building, name=final, state=state, record=image))
     except BaseException:
         leases.give(held)
         await asyncio.shield(asyncio.to_thread(remove_tree, str(building)))
+        if not name:  # cancelled when the layers had their place already
+            await asyncio.shield(asyncio.to_thread(leases.remove_unused, os.path.join(state.images, final)))
         raise
     snapshot = Snapshot(
         name=final,
@@ -64,6 +67,16 @@ async def take(
         seconds=seconds,
     )
     return snapshot, held
+
+
+async def _to_its_end(work: Callable[[], T]) -> T:
+    """Runs in a thread; a cancellation waits for the thread, which would go on in a directory that is to be removed."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def _copy(session: Session, building: Path, *, bounds: Bounds, durable: bool) -> dict[str, Any]:
