@@ -63,7 +63,7 @@ def compile_peers(place: Path, cxx: str) -> tuple[ctypes.CDLL, ctypes.CDLL, ctyp
         function.restype = ctypes.c_int64
     peak.peak_dot512.restype = peak.peak_read.restype = ctypes.c_double
     peak.peak_dot512.argtypes = [ctypes.c_int64]
-    peak.peak_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    peak.peak_read.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3]
     return attend, index, peak
 
 
@@ -347,7 +347,7 @@ def main() -> None:
         flops, read = 0.0, 0.0
         for turn in range(args.repeats + 1):
             flops = max(flops, peak.peak_dot512(10_000_000))
-            read = max(read, peak.peak_read(buffer.data_ptr(), buffer.numel() * 4, 1))
+            read = max(read, peak.peak_read(buffer.data_ptr(), buffer.numel() * 4, 1, 1 << 16))
             for name, (phases, check) in layers.items():
                 measured = run(phases, pool)
                 if turn:
