@@ -15,7 +15,7 @@ typedef float v4 __attribute__((vector_size(16)));
 typedef int32_t v4i __attribute__((vector_size(16)));
 
 #if defined(__AVX512F__)
-enum { VL = 16, ROWS = 4 };  // lanes; rows that share one load of a weight
+enum { VL = 16 };  // lanes
 typedef __m512 vf;
 inline vf zero() { return _mm512_setzero_ps(); }
 inline vf splat(float a) { return _mm512_set1_ps(a); }
@@ -29,7 +29,7 @@ inline v4 fold(vf a) {
   return (v4)_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 #elif defined(__AVX2__)
-enum { VL = 8, ROWS = 2 };
+enum { VL = 8 };
 typedef __m256 vf;
 inline vf zero() { return _mm256_setzero_ps(); }
 inline vf splat(float a) { return _mm256_set1_ps(a); }
@@ -42,7 +42,7 @@ inline void store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 inline v4 fold(vf a) { return (v4)_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
 #else
-enum { VL = 4, ROWS = 2 };
+enum { VL = 4 };
 typedef v4 vf;
 inline vf zero() { return vf{0, 0, 0, 0}; }
 inline vf splat(float a) { return vf{a, a, a, a}; }
@@ -99,15 +99,6 @@ inline float exp1(float x) {
   return x < -87.3f ? 0.0f : y;
 }
 
-inline float sum(const float *x, int n) {
-  vf a = zero();
-  const vf one = splat(1.0f);
-  int i = 0;
-  for (; i + VL <= n; i += VL) a = fma(load(x + i), one, a);
-  if (i < n) a = fma(load_part(x + i, n - i), one, a);
-  return sum4(a, zero(), zero(), zero())[0];
-}
-
 inline float square(const float *x, int n) {
   vf a = zero();
   int i = 0;
@@ -120,73 +111,6 @@ inline float square(const float *x, int n) {
     a = fma(v, v, a);
   }
   return sum4(a, zero(), zero(), zero())[0];
-}
-
-// Dots of 4*G weight rows with R activation rows: out[r][o + i] = w[i] . x[r] for i < valid.
-template <int G, int R>
-inline void dots(const float *const *w, const float *const *x, int k, float *const *out, int64_t o, int valid) {
-  vf acc[R][4 * G];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int i = 0; i < 4 * G; i++) acc[r][i] = zero();
-  int j = 0;
-  for (; j + VL <= k; j += VL) {
-    vf xv[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) xv[r] = load(x[r] + j);
-#pragma GCC unroll 8
-    for (int i = 0; i < 4 * G; i++) {
-      vf wv = load(w[i] + j);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) acc[r][i] = fma(wv, xv[r], acc[r][i]);
-    }
-  }
-  if (j < k) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      vf xv = load_part(x[r] + j, k - j);
-#pragma GCC unroll 8
-      for (int i = 0; i < 4 * G; i++) acc[r][i] = fma(load_part(w[i] + j, k - j), xv, acc[r][i]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int g = 0; g < G; g++) {
-      v4 s = sum4(acc[r][4 * g], acc[r][4 * g + 1], acc[r][4 * g + 2], acc[r][4 * g + 3]);
-      float *to = out[r] + o + 4 * g;
-      if (4 * g + 4 <= valid) {
-        memcpy(to, &s, sizeof s);
-      } else {
-        for (int i = 4 * g; i < valid; i++) to[i - 4 * g] = s[i - 4 * g];
-      }
-    }
-}
-
-template <int G>
-inline void dots_rows(const float *const *w, const float *const *x, int64_t rows, int k, float *const *out, int64_t o,
-                      int valid) {
-  int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS) dots<G, ROWS>(w, x + r, k, out + r, o, valid);
-  for (; r < rows; r++) dots<G, 1>(w, x + r, k, out + r, o, valid);
-}
-
-// out[r][o] = weight[o] . x[r]; a weight row is read once for all rows.
-inline void linear(const float *weight, int64_t outputs, int k, const float *const *x, int64_t rows, float *const *out) {
-  int64_t o = 0;
-  if (rows == 1)  // eight chains at once: with four, the additions' latency shows
-    for (; o + 8 <= outputs; o += 8) {
-      const float *w[8];
-      for (int i = 0; i < 8; i++) w[i] = weight + (o + i) * k;
-      dots<2, 1>(w, x, k, out, o, 8);
-    }
-  for (; o < outputs; o += 4) {
-    int valid = outputs - o < 4 ? (int)(outputs - o) : 4;
-    const float *w[4];
-    for (int i = 0; i < 4; i++) w[i] = weight + (o + (i < valid ? i : valid - 1)) * k;
-    dots_rows<1>(w, x, rows, k, out, o, valid);
-  }
 }
 
 }  // namespace

@@ -11,6 +11,7 @@ from rorqual._cli.exits import UNFIT, WRONG_USE, CliError
 if TYPE_CHECKING:
     from rorqual.chat import Tokenizer
     from rorqual.engine import Engine
+    from rorqual.engine.layout import CacheFormat
 
 __all__ = ["FILES", "check_model_dir", "open_model_dir"]
 
@@ -36,14 +37,17 @@ def check_model_dir(directory: Path) -> None:
             ) from error
 
 
-def open_model_dir(directory: Path) -> tuple[Engine, Tokenizer]:
-    """The model with its tokenizer. Raises CliError naming what is missing or damaged."""
+def open_model_dir(
+    directory: Path, *, kv_bytes: int = 2 << 30, cache_format: CacheFormat = "exact"
+) -> tuple[Engine, Tokenizer]:
+    """The model in an engine, with its tokenizer. Raises CliError naming what is missing or damaged."""
     check_model_dir(directory)
     from rorqual.chat import ChatError, Tokenizer
     from rorqual.engine import Engine
     from rorqual.model.errors import ModelError
 
     try:
-        return Engine(directory), Tokenizer.from_file(directory)
+        engine = Engine(directory, kv_bytes=kv_bytes, cache_format=cache_format)
+        return engine, Tokenizer.from_file(directory)
     except (ModelError, ChatError) as error:
         raise CliError(f"the model in {directory} cannot be loaded: {error}", code=UNFIT) from error

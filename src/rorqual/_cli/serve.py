@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rorqual._cli.embedded import FILES, RAISED_DIR
+from rorqual._cli.embedded import RAISED_DIR
 from rorqual._cli.exits import DONE, INTERRUPTED, UNFIT, WRONG_USE, CliError
+from rorqual._cli.model_dir import open_model_dir
 
 if TYPE_CHECKING:
     from rorqual.engine.layout import CacheFormat
@@ -170,20 +171,9 @@ def check_installed() -> None:
 
 def open_service(directory: Path, config: ServeConfig, *, cache_format: CacheFormat = "exact") -> Service:
     """The model of a directory, ready to be served. Raises CliError naming what is missing or damaged."""
-    from rorqual.chat import ChatError, Tokenizer
-    from rorqual.engine import Engine
-    from rorqual.model.errors import ModelError
     from rorqual.serve import Service
 
-    for file in FILES:
-        if not (directory / file).is_file():
-            raise CliError(f"{directory / file} is missing: give a model directory", code=UNFIT)
-    try:
-        # A quarter more than is promised: snapshots and half-filled pages; what is not touched costs nothing.
-        engine = Engine(
-            directory, kv_bytes=(config.kv_bytes + config.cache_bytes) * 5 // 4, cache_format=cache_format
-        )
-        tokenizer = Tokenizer.from_file(directory)
-    except (ModelError, ChatError) as error:
-        raise CliError(f"the model in {directory} cannot be loaded: {error}", code=UNFIT) from error
+    # A quarter more than is promised: snapshots and half-filled pages; what is not touched costs nothing.
+    kv_bytes = (config.kv_bytes + config.cache_bytes) * 5 // 4
+    engine, tokenizer = open_model_dir(directory, kv_bytes=kv_bytes, cache_format=cache_format)
     return Service(engine, tokenizer, config)
