@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from .marks import ANY_MARK, MARK_DSML, MARK_EOS
+from .marks import ANY_MARK, MARK_DSML, MARK_EOS, Beginnings
 
 NO: Final = -1
 MORE: Final = -2
@@ -38,6 +38,7 @@ class Dialect:
     close_blocks: tuple[str, ...] = field(init=False)
     value_stops: tuple[str, ...] = field(init=False)
     value_stop: re.Pattern[str] = field(init=False)
+    value_stop_begun: Beginnings = field(init=False)
 
     def __post_init__(self) -> None:
         tag = self.marker + self.space
@@ -50,6 +51,7 @@ class Dialect:
         stops = (self.close_parameter, "\n" + self.open_parameter, "\n" + self.close_invoke)
         put(self, "value_stops", stops)
         put(self, "value_stop", re.compile("|".join(re.escape(s) for s in (*stops, MARK_EOS))))
+        put(self, "value_stop_begun", Beginnings(stops))
 
     @property
     def is_marked(self) -> bool:

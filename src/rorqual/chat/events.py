@@ -25,9 +25,9 @@ EventKind: TypeAlias = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen: that costs a microsecond an event
 class Event:
-    """One event. Fields that a kind does not use keep their defaults."""
+    """One event, never changed. Fields that a kind does not use keep their defaults."""
 
     kind: EventKind
     text: str = ""

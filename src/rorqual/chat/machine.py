@@ -35,11 +35,10 @@ from .dialect import (
     visible,
 )
 from .events import Event, EventKind
-from .marks import ANY_MARK, MARK_DSML, MARK_EOS, MARK_THINK, MARK_THINK_END, TokenMarks, partial_suffix
+from .marks import ANY_MARK, MARK_DSML, MARK_EOS, MARK_THINK, MARK_THINK_END, TokenMarks
 from .schemas import ToolSchemas
 
 _PROSE_STOP = re.compile(f"[{ANY_MARK}]")
-_PROSE_STOP_UNMARKED = re.compile(f"[{ANY_MARK}]|(?<=\n)<")
 _TAG_STOP = re.compile(f"[<{MARK_EOS}]")
 _LEADS = ("<｜", "</", "<")
 _ATTRIBUTE_STOP = re.compile(f"[>\r\n<{ANY_MARK}]")
@@ -82,7 +81,6 @@ class Machine:
         # Unmarked aliases are for transports that lost the marker: with trusted tokens, spelled
         # markup is data.
         self._aliases = self._offered and not trusted
-        self._prose_stop = _PROSE_STOP_UNMARKED if self._aliases else _PROSE_STOP
         self._calls = CallWriter(schemas, options, marks, emit, new_id)
         self._dialect, self._exact = V4, True
         self._buf, self._pos = "", 0
@@ -177,10 +175,12 @@ class Machine:
         if self._aliases and buf[i] == "<" and self._last in ("", "\n"):
             at = i
         else:
-            match = self._prose_stop.search(buf, i)
-            if match is None:
+            match = _PROSE_STOP.search(buf, i)
+            at = match.start() if match else len(buf)
+            if self._aliases and (line := buf.find("\n<", max(i - 1, 0), at)) >= 0:
+                at = line + 1
+            elif match is None:
                 return self._prose_to(len(buf) - self._separator(buf, i, len(buf)))
-            at = match.start()
         mark = buf[at]
         if mark == "<":  # at a line start: a tag without marker, or the lead of one with it
             lead = buf[at : at + 2] if buf.startswith(("<｜", "</"), at) else "<"
@@ -467,7 +467,7 @@ class Machine:
         buf, d, i = self._buf, self._dialect, self._pos
         match = d.value_stop.search(buf, i)
         if match is None:
-            held = partial_suffix(buf, d.value_stops, longest=len(d.value_stops[1]), start=i)
+            held = d.value_stop_begun.at_end(buf, i)
             self._calls.value(buf[i : len(buf) - held])
             self._pos = len(buf) - held
             return False

@@ -9,6 +9,7 @@ lone surrogates, which no UTF-8 stream holds.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from .profile import BOS, DSML, EOS, THINK, THINK_END
 
@@ -23,8 +24,6 @@ _MARK_OF = {
     BOS: chr(_FIRST_OTHER),
 }
 _TEXT_OF = {mark: text for text, mark in _MARK_OF.items()}
-_ANY_MARKER = re.compile("|".join(re.escape(s) for s in _MARK_OF))
-_LONGEST = max(map(len, _MARK_OF))
 ANY_MARK = f"{MARK_DSML}-{chr(_LAST_OTHER)}"
 """The marks as the inside of a regular expression's character class."""
 _MARK = re.compile(f"[{ANY_MARK}]")
@@ -32,38 +31,52 @@ _MARK = re.compile(f"[{ANY_MARK}]")
 
 def clean(text: str) -> str:
     """Text without characters that are marks of ours (lone surrogates; they become U+FFFD)."""
-    return text if text.isascii() else _MARK.sub("\ufffd", text)
+    return _MARK.sub("\ufffd", text) if _has_surrogates(text) else text
 
 
-def partial_suffix(text: str, words: tuple[str, ...], *, longest: int, start: int = 0) -> int:
-    """Length of the longest suffix of text[start:] that is a proper prefix of a word; O(longest)."""
-    for n in range(min(longest - 1, len(text) - start), 0, -1):
-        tail = text[len(text) - n :]
-        if any(len(w) > n and w.startswith(tail) for w in words):
-            return n
-    return 0
+def _has_surrogates(text: str) -> bool:
+    """Encoding fails on a lone surrogate, and is ten times as fast as a pattern that looks for one."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return True
+    return False
+
+
+class Beginnings:
+    """Finds the end of a text that may be the beginning of one of some words."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self._begun = frozenset(word[:n] for word in words for n in range(1, len(word)))
+        self._longest = max(map(len, self._begun))
+        self._first = re.compile("[" + re.escape("".join({begun[0] for begun in self._begun})) + "]")
+
+    def at_end(self, text: str, start: int = 0) -> int:
+        """Length of the longest suffix of text[start:] that is a proper prefix of a word; O(longest word)."""
+        for match in self._first.finditer(text, max(start, len(text) - self._longest)):
+            if text[match.start() :] in self._begun:
+                return len(text) - match.start()
+        return 0
 
 
 class TextMarks:
     """Marks the markers of a text stream; holds back what may be the beginning of one."""
 
-    _words = tuple(_MARK_OF)
+    _beginnings = Beginnings(_MARK_OF)
 
     def __init__(self) -> None:
         self._held = ""
 
     def push(self, text: str) -> str:
         """The marked text that is certain now."""
-        text = self._held + clean(text)
-        last = 0
-        for match in _ANY_MARKER.finditer(text):
-            last = match.end()
-        held = 0
-        if "<" in text[-_LONGEST:] or "｜" in text[-_LONGEST:]:
-            held = partial_suffix(text, self._words, longest=_LONGEST, start=last)
-        cut = len(text) - held
-        self._held = text[cut:]
-        return _ANY_MARKER.sub(lambda m: _MARK_OF[m[0]], text[:cut]) if last else text[:cut]
+        text = self._held + clean(text) if self._held else clean(text)
+        if "｜" in text or "think>" in text:
+            for word, mark in _MARK_OF.items():  # no marker overlaps another: the order makes no difference
+                text = text.replace(word, mark)
+        held = self._beginnings.at_end(text)
+        self._held = text[len(text) - held :] if held else ""
+        return text[: len(text) - held] if held else text
 
     def finish(self) -> str:
         """What was held back: a marker that never became whole is text."""
@@ -90,7 +103,7 @@ class TokenMarks:
     def unmark(self, text: str) -> str:
         """The text with each mark as the string it stands for (for values of arguments, where all is
         data)."""
-        if text.isascii() or not _MARK.search(text):
+        if not _has_surrogates(text):
             return text
         back = {mark: s for s, mark in reversed(self._others.items())} | _TEXT_OF
         return _MARK.sub(lambda m: back.get(m[0], "\ufffd"), text)

@@ -26,7 +26,11 @@ _BASE62 = string.ascii_letters + string.digits
 def new_call_id() -> str:
     """`call_` and 24 characters of base62, 142 random bits: the format has no ids, and ours cannot be
     guessed."""
-    return "call_" + "".join(secrets.choice(_BASE62) for _ in range(24))
+    number, digits = int.from_bytes(secrets.token_bytes(24)), []
+    for _ in range(24):
+        number, digit = divmod(number, 62)
+        digits.append(_BASE62[digit])
+    return "call_" + "".join(digits)
 
 
 class StreamParser:

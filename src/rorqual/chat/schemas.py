@@ -50,7 +50,7 @@ class ToolSchemas:
 def json_type(text: str) -> str | None:
     """JSON type of a text, None if it is not JSON. Linear, whatever the size of its numbers."""
     try:
-        value = json.loads(text, parse_constant=refuse_constant, parse_int=_number, parse_float=_number)
+        value = _DECODER.decode(text)
     except (ValueError, RecursionError):
         return None
     if isinstance(value, dict):
@@ -71,12 +71,15 @@ def _number(text: str) -> object:
     return _NUMBER
 
 
+_DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_int=_number, parse_float=_number)
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def json_escape(text: str) -> str:
     """Text as the inside of a JSON string, character by character, so that pieces concatenate (spec 4.2)."""
-    escaped = json.dumps(text, ensure_ascii=False)[1:-1]
+    escaped = _ENCODER.encode(text)[1:-1]
     return escaped if text.isascii() else _SURROGATE.sub(lambda m: f"\\u{ord(m[0]):04x}", escaped)
 
 
