@@ -50,8 +50,8 @@ async def take(
         report = await _copy(session, building, bounds=bounds, durable=bool(name))
         seconds = time.monotonic() - start
         finish = partial(snapshots.finish, report=report, source=dict(record), fork=not name, state=state)
-        image = await _to_its_end(partial(finish, building))
-        await _to_its_end(partial(store.install, building, name=final, state=state, record=image))
+        image = await to_its_end(partial(finish, building))
+        await to_its_end(partial(store.install, building, name=final, state=state, record=image))
     except BaseException:
         leases.give(held)
         await asyncio.shield(asyncio.to_thread(remove_tree, str(building)))
@@ -69,7 +69,7 @@ async def take(
     return snapshot, held
 
 
-async def _to_its_end(work: Callable[[], T]) -> T:
+async def to_its_end(work: Callable[[], T]) -> T:
     """Runs in a thread; a cancellation waits for the thread, which would go on in a directory that is to be removed."""
     task = asyncio.ensure_future(asyncio.to_thread(work))
     try:

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +30,7 @@ from rorqual.sandbox._async.function import AsyncFunction
 from rorqual.sandbox._async.pty import AsyncPty
 from rorqual.sandbox._guest import GuestClient
 from rorqual.sandbox._session import Session
-from rorqual.sandbox._snapshots import drop_fork, take
+from rorqual.sandbox._snapshots import drop_fork, take, to_its_end
 from rorqual.sandbox.errors import (
     GuestError,
     InvalidRequest,
@@ -401,11 +402,18 @@ class AsyncSandbox:
         result: dict[str, Any] = {"error": "abandoned"}
         try:
             taken, held = await take(session, record, name="", state=self._state, bounds=bounds)
+            drop = partial(drop_fork, taken.name, held, state=self._state)
+            spec = replace(spec, image=taken.name)
+            children: builtins.list[AsyncSandbox] = []
             try:
-                spec = replace(spec, image=taken.name)
                 children = await self._start_all(spec, count, Path(record["trajectory"]))
             finally:
-                await asyncio.to_thread(drop_fork, taken.name, held, state=self._state)
+                try:
+                    await to_its_end(drop)
+                except BaseException:  # cancelled when all had started: nobody will ever hold them
+                    await asyncio.shield(asyncio.gather(*[child.kill() for child in children]))
+                    await asyncio.to_thread(drop)
+                    raise
             result = {"children": [child.id for child in children]}
         except SandboxError as error:
             result = {"error": str(error)}

@@ -80,8 +80,8 @@ class Keeper:
         self.idmaps = launch.Idmaps() if os.geteuid() == 0 else None
         self.owner_alive = True
         self.peers: set[Peer] = set()
-        self.unused: set[str] = set()
-        """Directories of forks' layers that may have lost their last user."""
+        self.unused: dict[str, tuple[float, float]] = {}
+        """Directories of forks' layers that may have lost their last user -> (when to look again, the wait before)."""
         self.holds = holds.Holds(self.stillness_changed, lambda peer, document: peer.send(document))
         # Locked before it has its name: a reaper must never meet a lock file of the living that is free.
         self.lock = os.open(directory + "/lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -134,6 +134,7 @@ class Keeper:
         while self.owner_alive or self.entries:
             now = time.monotonic()
             nearest = min((entry.deadline for entry in self.entries.values()), default=now + 3600.0)
+            nearest = min([nearest, *(again for again, _ in self.unused.values())])
             # An hour at most: epoll takes no wait above 24.8 days, and lifetimes go up to 30.
             pause = holds.POLL_S if self.holds.waiting else min(nearest - now, 3600.0)
             for key, _ in self.selector.select(max(0.0, pause)):
@@ -150,6 +151,8 @@ class Keeper:
                     self.read(key.data)
             self.holds.tick()
             now = time.monotonic()
+            if any(again <= now for again, _ in self.unused.values()):
+                self.remove_unused()
             for entry in list(self.entries.values()):
                 if entry.deadline <= now:
                     if entry.asked_cause and entry.runtime_pid:
@@ -228,8 +231,11 @@ class Keeper:
             raise ValueError(f"unknown operation {op!r}")
 
     def remove_unused(self) -> None:
-        """A launch under way may hold a copy of a lease for a moment: what is left is tried again at the next end."""
-        self.unused = {place for place in self.unused if not leases.remove_unused(place)}
+        """A launch under way, or a client in the middle of a fork, may hold a lease for a moment: looked at again, with
+        doubled waits up to half a minute, since another keeper's sandbox may run on it for long."""
+        now = time.monotonic()
+        left = {place: wait for place, (_, wait) in self.unused.items() if not leases.remove_unused(place)}
+        self.unused = {place: (now + wait, min(2 * wait, 30.0)) for place, wait in left.items()}
 
     # -- launching
     # ---------------------------------------------------------------------------------------------
@@ -413,9 +419,9 @@ class Keeper:
                 detail += f"; cgroups left: {' '.join(stuck)}"
         remove_directory(entry.directory, entry.order["userns"])
         leases.give(entry.leases)
-        self.unused |= {
-            place for path in entry.order.get("leases", []) if leases.is_fork(place := os.path.dirname(path))
-        }
+        for path in entry.order.get("leases", []):
+            if leases.is_fork(place := os.path.dirname(path)):
+                self.unused[place] = (0.0, 0.05)
         self.remove_unused()
         if entry.order["trajectory"]:
             try:
