@@ -39,6 +39,12 @@ class Dialect:
     value_stops: tuple[str, ...] = field(init=False)
     value_stop: re.Pattern[str] = field(init=False)
     value_stop_begun: Beginnings = field(init=False)
+    steps: tuple[str, ...] = field(init=False)
+    """What may follow a call: another, its end, the end of the block."""
+    after_value: tuple[str, ...] = field(init=False)
+    """What may follow the end of a parameter."""
+    exact_parameter: re.Pattern[str] = field(init=False)
+    """The header as the format has it, for a key without quotes."""
 
     def __post_init__(self) -> None:
         tag = self.marker + self.space
@@ -52,6 +58,14 @@ class Dialect:
         put(self, "value_stops", stops)
         put(self, "value_stop", re.compile("|".join(re.escape(s) for s in (*stops, MARK_EOS))))
         put(self, "value_stop_begun", Beginnings(stops))
+        put(self, "steps", (self.open_invoke, self.close_invoke, *self.close_blocks))
+        put(self, "after_value", (f"<{tag}parameter", *self.steps))
+        key = f'([^"<>\r\n{ANY_MARK}]{{0,{MAX_HEADER - 16}}})'
+        put(
+            self,
+            "exact_parameter",
+            re.compile(f'{re.escape(self.open_parameter)}{key}" string="(true|false)">'),
+        )
 
     @property
     def is_marked(self) -> bool:

@@ -367,7 +367,7 @@ class Machine:
     def _step_tag(self, at: int, *, in_call: bool) -> bool:
         """A tag that ends or begins a call. in_call: an open call is closed by it."""
         buf, d = self._buf, self._dialect
-        which, end = first_literal(buf, at, (d.open_invoke, d.close_invoke, *d.close_blocks))
+        which, end = first_literal(buf, at, d.steps)
         if end == MORE:
             return False
         if end == NO:
@@ -448,6 +448,10 @@ class Machine:
             return True
         if buf[at] != "<":
             return self._malformed("text instead of a parameter or a closing tag")
+        if exact := d.exact_parameter.match(buf, at):
+            self._calls.value_start(exact[1], exact[2])
+            self._state, self._pos = "V", exact.end()
+            return True
         start = literal(buf, at, d.open_parameter)
         if start == NO:
             return self._step_tag(at, in_call=True)
@@ -502,8 +506,7 @@ class Machine:
                 return q, ""
             if buf[q] == MARK_EOS:
                 return end, ""
-            follow = (d.open_parameter[:-7], d.close_invoke, d.open_invoke, *d.close_blocks)
-            which, verdict = first_literal(buf, q, follow)
+            which, verdict = first_literal(buf, q, d.after_value)
             return (end if which >= 0 else verdict), ""
         if stop == d.value_stops[1]:
             if not self._calls.has_properties:
@@ -529,7 +532,7 @@ class Machine:
         if buf[at] == MARK_EOS:
             self._truncate()
             return self._eos(at)
-        which, _ = first_literal(buf, at, (d.open_invoke, d.close_invoke, *d.close_blocks))
+        which, _ = first_literal(buf, at, d.steps)
         if which == MORE:
             return False
         if which == NO:
