@@ -462,7 +462,8 @@ void command_start(struct conn *c, uint32_t id, struct reader *r) {
         return;
     }
     cmd->serial = ++last_serial;
-    uint32_t nonce = (uint32_t)(boot_id[0] | boot_id[1] << 8 | boot_id[2] << 16) | 0x40000000u;
+    static uint32_t nonce; /* one for all our commands: a refresh draws a new boot id */
+    if (!nonce) nonce = (uint32_t)(boot_id[0] | boot_id[1] << 8 | boot_id[2] << 16) | 0x40000000u;
     cmd->cookie = (uint64_t)nonce << 32 | (uint32_t)cmd->serial;
     cmd->max_output = req.max_output;
     cmd->pty = req.flags & START_PTY;

@@ -145,6 +145,7 @@ static void dispatch(struct conn *c, struct frame *f) {
         case F_DIR_OPEN: case F_DIR_NEXT: case F_MKDIR: case F_REMOVE: case F_RENAME:
             files_call(c, f, &r);
             break;
+        case F_REFRESH: refresh(c, f->id, &r); break;
         default: conn_fault(c, "unknown frame type"); break;
     }
 }

@@ -18,6 +18,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         if (f.type == F_START) {
             if (wire_start(&r, &request))
                 for (uint32_t i = 1; i <= request.argc; i++) (void)strlen(request.argv[i]);
+        } else if (f.type == F_REFRESH) {
+            struct refresh_request q;
+            if (wire_refresh(&r, &q) && strlen(q.hostname) + strlen(q.machine_id) + q.entropy_len > 64 + 32 + 512) abort();
         } else {
             struct user_spec user;
             uint32_t len;

@@ -6,6 +6,8 @@
  *   spawn.c    user, environment, descriptors, exec
  *   sweep.c    which processes belong to a command, and their death
  *   files.c    file calls
+ *   refresh.c  a restored machine gets its own entropy, names and clock
+ *   vsock.c    the listening socket of a machine
  *   wire.c     the protocol's bytes (pure)
  *
  * One thread, one epoll loop, nothing blocks it: every descriptor that can wait is non-blocking, a recursive remove
@@ -164,5 +166,13 @@ void sweep_all(void);                           /* kill every process any comman
 void files_call(struct conn *c, const struct frame *f, struct reader *r);
 bool files_worker_exited(pid_t pid, int status);
 void files_forget_conn(struct conn *c);
+
+/* refresh.c */
+extern bool owns_kernel; /* we are a machine's agent: its clock and host name are ours to set */
+void refresh(struct conn *c, uint32_t id, struct reader *r);
+
+/* vsock.c */
+int vsock_listen(uint32_t port); /* -1: errno */
+bool peer_is_host(int fd);       /* false: a process of this guest that found the port */
 
 #endif

@@ -1,6 +1,6 @@
 /* rorqual-guest: the agent inside a sandbox. PID 1 of its container, or any process with --socket in tests.
  *
- * usage: rorqual-guest (--listen-fd N | --socket PATH) [--boot-env NAME=VALUE]...
+ * usage: rorqual-guest (--listen-fd N | --socket PATH | --vsock PORT) [--own-kernel] [--boot-env NAME=VALUE]...
  *
  * Owns arguments, the listening socket, signals, the epoll loop. As PID 1 (or subreaper, elsewhere) it reaps every
  * orphan. SIGTERM from outside the namespace kills all commands and exits 0; SIGTERM from a process inside is ignored,
@@ -104,25 +104,30 @@ static void on_listen(int fd) {
     for (;;) {
         int c = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (c < 0) return;
-        conn_accept(c);
+        if (peer_is_host(c)) conn_accept(c);
+        else close(c);
     }
 }
 
 int main(int argc, char **argv) {
     int listen_fd = -1;
+    uint32_t port = 0;
     const char *path = NULL;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--listen-fd") && i + 1 < argc) listen_fd = atoi(argv[++i]);
         else if (!strcmp(argv[i], "--socket") && i + 1 < argc) path = argv[++i];
+        else if (!strcmp(argv[i], "--vsock") && i + 1 < argc) port = (uint32_t)strtoul(argv[++i], NULL, 10);
+        else if (!strcmp(argv[i], "--own-kernel")) owns_kernel = true;
         else if (!strcmp(argv[i], "--boot-env") && i + 1 < argc && strchr(argv[i + 1], '=')) boot_env(argv[++i]);
         else if (!strcmp(argv[i], "--version")) return puts(AGENT_VERSION) < 0;
         else {
-            fprintf(stderr, "usage: rorqual-guest (--listen-fd N | --socket PATH) [--boot-env NAME=VALUE]...\n");
+            fprintf(stderr, "usage: rorqual-guest (--listen-fd N | --socket PATH | --vsock PORT) [--own-kernel] "
+                            "[--boot-env NAME=VALUE]...\n");
             return 2;
         }
     }
-    if ((listen_fd < 0) == (path == NULL)) {
-        fprintf(stderr, "rorqual-guest: give exactly one of --listen-fd N and --socket PATH\n");
+    if ((listen_fd >= 0) + (path != NULL) + (port != 0) != 1) {
+        fprintf(stderr, "rorqual-guest: give exactly one of --listen-fd N, --socket PATH, --vsock PORT\n");
         return 2;
     }
     fill_std_fds();
@@ -146,6 +151,7 @@ int main(int argc, char **argv) {
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     if (epoll_fd < 0 || null_fd < 0) die("epoll");
     if (path) listen_fd = listen_at(path);
+    if (port && (listen_fd = vsock_listen(port)) < 0) die("vsock");
     int one = 1, type = 0;
     socklen_t size = sizeof type;
     if (getsockopt(listen_fd, SOL_SOCKET, SO_ACCEPTCONN, &type, &size) || type != one) {

@@ -116,6 +116,29 @@ bool wire_start(struct reader *r, struct start_request *out) {
     return rd_done(r) && out->argv[1][0] != 0;
 }
 
+/* Letters, digits, '-' and '.', not at an end: what sethostname and every reader of /etc/hostname can take. */
+static bool is_hostname(const char *s) {
+    size_t n = strlen(s);
+    for (size_t i = 0; i < n; i++) {
+        bool inner = i > 0 && i + 1 < n;
+        char c = s[i];
+        bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
+        if (!letter && !(inner && (c == '-' || c == '.'))) return false;
+    }
+    return true;
+}
+
+bool wire_refresh(struct reader *r, struct refresh_request *out) {
+    out->wall_ns = rd_u64(r);
+    out->hostname = rd_str(r, 64);
+    out->machine_id = rd_str(r, 32);
+    out->entropy = rd_rest(r, &out->entropy_len);
+    if (!rd_done(r) || out->wall_ns > INT64_MAX || !is_hostname(out->hostname)) return false;
+    size_t hex = strspn(out->machine_id, "0123456789abcdef");
+    if (out->machine_id[hex] || (hex != 0 && hex != 32)) return false;
+    return out->entropy_len == 0 || (out->entropy_len >= WIRE_MIN_ENTROPY && out->entropy_len <= WIRE_MAX_ENTROPY);
+}
+
 bool buf_reserve(struct buffer *b, size_t more) {
     if (b->failed) return false;
     if (b->off && (b->off == b->len || b->len + more > b->cap)) {

@@ -16,6 +16,8 @@
 #define WIRE_MAX_PATH 4095u
 #define WIRE_MAX_TAG 256u
 #define WIRE_NO_UID 0xffffffffu
+#define WIRE_MIN_ENTROPY 32u
+#define WIRE_MAX_ENTROPY 512u
 
 enum {
     /* host to guest */
@@ -23,6 +25,7 @@ enum {
     F_CREDIT = 0x16, F_DETACH = 0x17,
     F_READ_OPEN = 0x20, F_READ_NEXT = 0x21, F_WRITE_OPEN = 0x22, F_WRITE_NEXT = 0x23, F_CLOSE = 0x24,
     F_STAT = 0x28, F_DIR_OPEN = 0x29, F_DIR_NEXT = 0x2a, F_MKDIR = 0x2b, F_REMOVE = 0x2c, F_RENAME = 0x2d,
+    F_REFRESH = 0x30,
     /* guest to host */
     F_WELCOME = 0x81, F_RESULT = 0x90, F_ERROR = 0x91, F_STARTED = 0x92, F_DATA = 0x93, F_EXIT = 0x94,
 };
@@ -75,6 +78,14 @@ struct start_request {
 };
 bool wire_user(struct reader *r, struct user_spec *out);
 bool wire_start(struct reader *r, struct start_request *out);
+
+struct refresh_request { /* 0 and "": leave that as it is */
+    uint64_t wall_ns; /* since 1970 */
+    char *hostname, *machine_id;
+    uint8_t *entropy;
+    uint32_t entropy_len;
+};
+bool wire_refresh(struct reader *r, struct refresh_request *out);
 
 /* A growing byte buffer with a ceiling; `failed` once it hit the ceiling or memory ran out. */
 struct buffer {

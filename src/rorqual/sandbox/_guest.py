@@ -12,6 +12,7 @@ import asyncio
 import errno
 import os
 import posixpath
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -387,6 +388,24 @@ class GuestClient:
                 return False
             raise
         return True
+
+    # --- machines ---
+
+    async def refresh(
+        self, *, hostname: str = "", machine_id: str = "", entropy: bytes = b"", clock: bool = False
+    ) -> None:
+        """Makes a restored or forked machine one of its own; what is left out stays as it is.
+
+        entropy: 32 to 512 bytes, credited to the kernel's random generator, which is reseeded, and new boot ids of
+        the kernel and the agent are drawn. machine_id: 32 hex digits for /etc/machine-id. clock: the guest's wall
+        clock becomes ours. Raises GuestRefused: EPERM from an agent that shares its kernel; the step that failed and
+        its errno otherwise (the earlier ones are done: do not use that machine). ValueError for a bad argument.
+        """
+        if self.gate is not None:
+            await self.gate()
+        now = time.time_ns() if clock else 0
+        payload = wire.identity(wall_ns=now, hostname=hostname, machine_id=machine_id, entropy=entropy)
+        await self._call(Type.REFRESH, payload, read=wire.read_empty)
 
     # --- requests and answers ---
 

@@ -8,6 +8,7 @@ length is checked before anything is allocated for it, each field against its ra
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ MAX_STRINGS = 4096
 MAX_PATH = 4095
 MAX_TAG = 256
 MAX_HANDLES = 16
+MIN_ENTROPY, MAX_ENTROPY = 32, 512
+"""Bytes that a REFRESH credits; below 32 the generator of a fork could be guessed."""
 NO_LIMIT = 2**63 - 1
 
 _HEADER = struct.Struct("<IB3xI")
@@ -56,6 +59,7 @@ class Type(IntEnum):
     MKDIR = 0x2B
     REMOVE = 0x2C
     RENAME = 0x2D
+    REFRESH = 0x30
     WELCOME = 0x81
     RESULT = 0x90
     ERROR = 0x91
@@ -224,6 +228,19 @@ def user(value: str | int | None) -> bytes:
     if not value:
         raise ValueError("user is an empty name; use None for the agent's own user")
     return u8(2) + u32(0) + string(value, "user", most=255)
+
+
+def identity(*, wall_ns: int, hostname: str, machine_id: str, entropy: bytes) -> bytes:
+    """Payload of REFRESH; 0 and empty leave that as it is. Raises ValueError, naming the field."""
+    if not 0 <= wall_ns <= NO_LIMIT:
+        raise ValueError(f"wall_ns is {wall_ns}: nanoseconds since 1970")
+    if hostname and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?", hostname):
+        raise ValueError(f"hostname {hostname!r}: letters, digits, '-' and '.', at most 64")
+    if machine_id and not re.fullmatch(r"[0-9a-f]{32}", machine_id):
+        raise ValueError(f"machine_id {machine_id!r} is not 32 lower-case hex digits")
+    if entropy and not MIN_ENTROPY <= len(entropy) <= MAX_ENTROPY:
+        raise ValueError(f"entropy has {len(entropy)} bytes; give {MIN_ENTROPY} to {MAX_ENTROPY}, or none")
+    return u64(wall_ns) + string(hostname, "hostname") + string(machine_id, "machine_id") + entropy
 
 
 def environment(env: Mapping[str, str] | None) -> bytes:
