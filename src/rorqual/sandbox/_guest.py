@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import posixpath
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol as wire
+from ._dial import Address, Dialed, PortsBusy, dial
 from ._guest_process import (
     MAX_OUTPUT,
     WINDOW,
@@ -59,8 +59,9 @@ CALL_SECONDS = 60.0
 class _Connection(asyncio.Protocol):
     """Bytes between the socket and the client."""
 
-    def __init__(self, client: GuestClient) -> None:
+    def __init__(self, client: GuestClient, dialed: Dialed) -> None:
         self._client = client
+        self._dialed = dialed
         self._decoder = wire.Decoder()
         self._loop = asyncio.get_running_loop()
         self.transport: asyncio.Transport | None = None
@@ -70,8 +71,14 @@ class _Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
 
+    def write(self, data: bytes) -> None:
+        assert self.transport is not None
+        self.transport.write(data if self._dialed.codec is None else self._dialed.codec.encode(data))
+
     def data_received(self, data: bytes) -> None:
         try:
+            if self._dialed.codec is not None:
+                data = self._dialed.codec.decode(data)
             for got in self._decoder.feed(data):
                 self._client._on_frame(got)
         except GuestProtocolError as error:
@@ -84,6 +91,8 @@ class _Connection(asyncio.Protocol):
             else "the guest agent closed the connection"
         )
         self._client._fail(GuestGone(why))
+        self._dialed.sock.close()  # the VMM must see the end of this client before the next one has the port
+        self._dialed.release()
         if not self.closed.done():
             self.closed.set_result(None)
 
@@ -110,19 +119,22 @@ class GuestClient:
 
     @classmethod
     async def connect(cls, path: str | Path, *, timeout: float = 10.0) -> GuestClient:  # noqa: ASYNC109 - public
-        """Connect to the agent's Unix socket and shake hands; retries for `timeout` s while nobody listens.
+        """Connect to the agent and shake hands; retries for `timeout` s while nobody listens.
 
-        Raises GuestGone (nobody there, no answer in time), GuestProtocolError (not an agent, other version).
+        path: an address of `_dial.py`; a Path is a Unix socket's.
+        Raises GuestGone (nobody there, no answer in time), GuestProtocolError (not an agent, other version),
+        ValueError (not an address).
         """
         client = cls()
+        address = Address.parse(path)
         loop = asyncio.get_running_loop()
         pause, problem = 0.001, "no answer"
         try:
             async with asyncio.timeout(timeout):
                 while client._connection is None:
                     try:
-                        _, client._connection = await _open(loop, Path(path), client)
-                    except (FileNotFoundError, ConnectionRefusedError) as error:
+                        client._connection = await _open(loop, address, client)
+                    except (FileNotFoundError, ConnectionRefusedError, PortsBusy) as error:
                         problem = error.strerror or str(error)
                         await asyncio.sleep(pause)
                         pause = min(pause * 2, 0.05)
@@ -429,8 +441,8 @@ class GuestClient:
     def _write(self, data: bytes) -> None:
         if self._error is not None:
             raise self._error
-        assert self._connection is not None and self._connection.transport is not None
-        self._connection.transport.write(data)
+        assert self._connection is not None
+        self._connection.write(data)
 
     async def _answer(self, future: asyncio.Future[Any], call: str, deadline: float | None) -> Any:
         self.awaited += deadline is not None
@@ -543,18 +555,16 @@ _Processes: TypeAlias = list[GuestProcessInfo]  # inside GuestClient, `list` is 
 _Files: TypeAlias = list[FileInfo]
 
 
-async def _open(
-    loop: asyncio.AbstractEventLoop, path: Path, client: GuestClient
-) -> tuple[asyncio.BaseTransport, _Connection]:
-    if len(os.fsencode(path)) < 108:
-        return await loop.create_unix_connection(lambda: _Connection(client), str(path))
-    # sun_path holds 107 bytes; a directory descriptor makes any path short
-    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+async def _open(loop: asyncio.AbstractEventLoop, address: Address, client: GuestClient) -> _Connection:
+    dialed = await dial(address)
     try:
-        short = f"/proc/self/fd/{folder}/{path.name}"
-        return await loop.create_unix_connection(lambda: _Connection(client), short)
-    finally:
-        os.close(folder)
+        _, connection = await loop.create_unix_connection(
+            lambda: _Connection(client, dialed), sock=dialed.sock
+        )
+    except BaseException:
+        dialed.close()
+        raise
+    return connection
 
 
 def _pid(pid: int) -> int:

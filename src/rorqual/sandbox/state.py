@@ -9,7 +9,9 @@ state
     directory, named by a hash, since a Unix socket's path must be short.
     keepers/<n>/         lock, keeper.sock, one per client process
     sandboxes/<id>/      record.json, guest.sock, launch.err, runtime/, disk/
-Owns the paths and nothing else. The environment is read in `StateDir.from_environment` alone.
+cache: `cache_dir()`; what takes long to make or fetch and is the same for every state directory.
+    kernels/ bin/ guests/
+Owns the paths and nothing else. The environment is read in `StateDir.from_environment` and `cache_dir` alone.
 """
 
 from __future__ import annotations
@@ -86,3 +88,29 @@ class StateDir:
                 f"{self.run.parent} belongs to user {owner}, not to you.",
                 fix="export XDG_RUNTIME_DIR=<a directory of yours>",
             )
+
+
+def cache_dir(environ: Mapping[str, str] | None = None) -> Path:
+    """$RORQUAL_CACHE, else $XDG_CACHE_HOME/rorqual, else ~/.cache/rorqual; made when missing.
+
+    Whoever adds to it writes under a temporary name beside the final one and renames: two processes may make the same
+    thing at once, and either's is good.
+
+    Raises:
+        HostUnfit: it cannot be made.
+    """
+    env = os.environ if environ is None else environ
+    if env.get("RORQUAL_CACHE"):
+        path = Path(env["RORQUAL_CACHE"]).expanduser()
+    elif env.get("XDG_CACHE_HOME"):
+        path = Path(env["XDG_CACHE_HOME"]) / "rorqual"
+    else:
+        path = Path(env.get("HOME") or os.path.expanduser("~")) / ".cache/rorqual"
+    path = path.absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostUnfit(
+            f"cannot make the cache directory: {error}.", fix="export RORQUAL_CACHE=<a writable directory>"
+        ) from error
+    return path

@@ -247,7 +247,7 @@ class AsyncSandbox:
         launched = Launched(
             sandbox_id=sandbox_id,
             keeper=keeper,
-            guest_socket=state.sandboxes / sandbox_id / "guest.sock",
+            guest=record["guest"],
             user=record["user"],
             workdir=record["workdir"],
             envs=record["envs"],
@@ -538,7 +538,7 @@ def _require(name: str, require: Sequence[str]) -> Any:
 async def _connect(launched: Launched, log: Log, *, kill_on_failure: bool = True) -> Session:
     """Shakes hands with the agent; a sandbox whose agent does not answer is ended."""
     try:
-        guest = await GuestClient.connect(launched.guest_socket, timeout=CONNECT_S)
+        guest = await GuestClient.connect(launched.guest, timeout=CONNECT_S)
     except BaseException as error:
         detail = f"the guest agent did not answer: {error}"
         if kill_on_failure:

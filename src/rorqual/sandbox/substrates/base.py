@@ -19,8 +19,8 @@ class Launched:
 
     sandbox_id: str
     keeper: KeeperClient
-    guest_socket: Path
-    """Where the guest agent listens."""
+    guest: str
+    """Where the guest agent answers: an address of _dial.py."""
     user: str
     """The default user, as it turned out on this host."""
     workdir: str

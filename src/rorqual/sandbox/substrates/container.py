@@ -188,7 +188,7 @@ async def start(order: dict[str, Any], plan: host.HostPlan, keeper: KeeperClient
     return Launched(
         sandbox_id=sandbox_id,
         keeper=keeper,
-        guest_socket=Path(order["directory"]) / "guest.sock",
+        guest=order["record"]["guest"],
         user=record["user"],
         workdir=record["workdir"],
         expires=answer["expires"],
@@ -317,6 +317,7 @@ def launch_order(
             "spec": asdict(spec),
             "id_base": plan.id_base,
             "cgroup": cgroup,
+            "guest": f"unix:{directory}/guest.sock",
             "trajectory": str(trajectory),
             "limits": {
                 "memory": "cgroup" if cgroup else "rlimit",

@@ -131,7 +131,9 @@ async def launch(spec: FunctionSpec, *, sandbox_id: str, state: StateDir, trajec
             raise LaunchFailed(
                 sandbox_id, stage="limits", detail=f"no cgroup for its calls: {error}"
             ) from error
-        return Zygote(launched=launched, slots=tuple(slots), socket=launched.guest_socket)
+        return Zygote(
+            launched=launched, slots=tuple(slots), socket=Path(launched.guest.removeprefix("unix:"))
+        )
     assert failure is not None
     raise failure
 
