@@ -1,8 +1,9 @@
 """Lock-step batches give each sequence what it would get alone."""
 
+import numpy as np
 import pytest
 
-from rorqual.engine import Batch, Engine, EngineError, SamplingParams
+from rorqual.engine import Allowed, Batch, Engine, EngineError, SamplingParams
 
 
 def _params(key, tokens=15):
@@ -65,3 +66,39 @@ def test_wrong_use_is_refused(engine, prompt):
         batch.add({0: prompt(10)}, {0: _params(0)})
     with pytest.raises(EngineError, match="still generating"):
         batch.feed(0, [1], _params(0))
+
+
+def test_a_guide_sees_every_token_and_decides_about_the_next(engine, prompt):
+    seen = []
+
+    def guide(token):
+        """Only tokens of the parity that the last one had not."""
+        seen.append(token)
+        parity = 0 if token is None else (token + 1) % 2
+        words = np.zeros(4, dtype=np.uint32)
+        for allowed in range(parity, 97, 2):
+            words[allowed // 32] |= np.uint32(1 << allowed % 32)
+        return Allowed(bits=words)
+
+    prompts = {0: prompt(40), 1: prompt(41)}
+    batch = Batch(engine)
+    batch.add(prompts, {key: _params(key) for key in prompts}, guides={0: guide})
+    out = _drain(batch)
+    assert [token % 2 for token in out[0]] == [n % 2 for n in range(15)]
+    assert seen == [None, *out[0]]
+    assert out[1] == _alone(engine, prompts[1], _params(1))
+
+
+def test_a_guide_survives_preemption(prompt, engine):
+    def guide(token):
+        return Allowed(bits=np.array([0, 1 << 5, 0, 0], dtype=np.uint32))
+
+    layout = engine.pool.layout
+    small = Engine(engine.model, kv_bytes=2 * layout.held_bytes(330), prefill_chunk=32)
+    batch = Batch(small)
+    prompts = {key: prompt(250, seed=key) for key in range(4)}
+    batch.add(prompts, {key: _params(key) for key in prompts}, guides={2: guide, 3: guide})
+    out = _drain(batch)
+    assert batch.preemptions > 0
+    assert out[2] == out[3] == [37] * 15
+    assert out[0] == _alone(engine, prompts[0], _params(0))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rorqual.engine import SamplingParams
-from rorqual.engine.sampler import philox_uniform, sample
+from rorqual.engine.sampler import Allowed, philox_uniform, sample
 
 
 def test_philox_equals_its_published_vectors():
@@ -53,3 +53,45 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 def test_bad_parameters_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         SamplingParams(**bad)
+
+
+def bits_of(tokens, vocab):
+    words = np.zeros(-(-vocab // 32), dtype=np.uint32)
+    for token in tokens:
+        words[token // 32] |= np.uint32(1 << token % 32)
+    return words
+
+
+def test_only_allowed_tokens_are_drawn_and_their_probabilities_add_up_to_one():
+    logits = torch.randn(1, 70, generator=torch.Generator().manual_seed(1)).expand(300, -1)
+    params = [SamplingParams(seed=4, sequence=k) for k in range(300)]
+    mask = Allowed(bits=bits_of([3, 31, 32, 69], 70))
+    ids, logprobs = sample(logits, params, [0] * 300, allowed=[mask] * 300)
+    assert set(ids.tolist()) == {3, 31, 32, 69}
+    expected = torch.log_softmax(logits[0, [3, 31, 32, 69]], -1)
+    for token, at in ((3, 0), (31, 1), (32, 2), (69, 3)):
+        torch.testing.assert_close(logprobs[ids == token][0], expected[at])
+
+
+def test_a_mask_is_of_its_row_alone_and_may_ask_for_the_likeliest():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(600, -1)
+    params = [SamplingParams(seed=5, sequence=k) for k in range(600)]
+    free, _ = sample(logits, params, [0] * 600)
+    allowed = [None, Allowed(greedy=True), Allowed(bits=bits_of([1, 2], 3), greedy=True)] * 200
+    ids, _ = sample(logits, params, [0] * 600, allowed=allowed)
+    assert ids[0::3].tolist() == free[0::3].tolist()
+    assert set(ids[1::3].tolist()) == {0} and set(ids[2::3].tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("bits", "message"),
+    [
+        (np.zeros(3, dtype=np.uint32), "allows no token"),
+        (np.array([0, 0, 1 << 6], dtype=np.uint32), "allows no token"),  # behind the vocabulary
+        (np.ones(2, dtype=np.uint32), "3 words of 32 bits, got uint32"),
+        (np.ones(3, dtype=np.uint8), "3 words of 32 bits, got uint8"),
+    ],
+)
+def test_bad_masks_are_refused(bits, message):
+    with pytest.raises(ValueError, match=message):
+        sample(torch.zeros(1, 70), [SamplingParams()], [0], allowed=[Allowed(bits=bits)])

@@ -3,10 +3,11 @@
 from rorqual.engine.batch import Batch, BatchEvent
 from rorqual.engine.engine import Engine, FinishReason, KVUsage, SequenceState, TokenEvent
 from rorqual.engine.errors import CacheFull, ContextOverflow, EngineError, PromptError, SequenceFileError
-from rorqual.engine.sampler import SamplingParams
+from rorqual.engine.sampler import Allowed, SamplingParams, TokenGuide
 from rorqual.engine.store import WindowStrategy
 
 __all__ = [
+    "Allowed",
     "Batch",
     "BatchEvent",
     "CacheFull",
@@ -20,5 +21,6 @@ __all__ = [
     "SequenceFileError",
     "SequenceState",
     "TokenEvent",
+    "TokenGuide",
     "WindowStrategy",
 ]

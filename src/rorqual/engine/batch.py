@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rorqual.engine.engine import Engine, FinishReason, SequenceState
 from rorqual.engine.errors import EngineError
-from rorqual.engine.sampler import SamplingParams
+from rorqual.engine.sampler import SamplingParams, TokenGuide
 from rorqual.engine.scheduler import Row, Scheduler
 
 __all__ = ["Batch", "BatchEvent"]
@@ -62,11 +62,13 @@ class Batch:
         *,
         priority: int = 0,
         space: str = "",
+        guides: Mapping[int, TokenGuide] | None = None,
     ) -> None:
         """Adds sequences; the next steps feed their prompts (equal ones once), then sample.
 
-        priority: higher goes first. space: whose cached prefixes they may use. Raises PromptError, ContextOverflow;
-        then none was added.
+        priority: higher goes first. space: whose cached prefixes they may use. guides: by key, what says before each
+        draw which tokens may be drawn; it must allow one, and not raise. Raises PromptError, ContextOverflow; then
+        none was added.
         """
         self.engine.refresh()
         for key, prompt in prompts.items():
@@ -76,6 +78,9 @@ class Batch:
         leaders: dict[tuple[int, ...], Row] = {}
         for key, prompt in prompts.items():
             row = Row(key, params[key], 0, deque(int(i) for i in prompt), priority=priority, space=space)
+            row.guide = guides.get(key) if guides is not None else None
+            if row.guide is not None:
+                row.allowed = row.guide(None)
             row.leader = leaders.get(tuple(prompt))
             if row.leader is None:
                 leaders[tuple(prompt)] = row

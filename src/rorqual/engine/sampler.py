@@ -7,13 +7,15 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SamplingParams", "philox_uniform", "sample"]
+__all__ = ["Allowed", "SamplingParams", "TokenGuide", "philox_uniform", "sample"]
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -45,6 +47,21 @@ class SamplingParams:
             raise ValueError(f"max_tokens is {self.max_tokens}, expected 1 or more")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Allowed:
+    """What the next token of one row may be, and how it is drawn."""
+
+    bits: NDArray[np.uint32] | None = None
+    """[ceil(V / 32)] words; bit i % 32 of word i // 32 allows token i. None: every token."""
+    greedy: bool = False
+    """The likeliest allowed token, whatever the temperature: for syntax."""
+
+
+TokenGuide = Callable[[int | None], Allowed | None]
+"""Of one row: told each token that was sampled (before the first: None), it says what the next one may be (None:
+anything). It is asked once for each token, in order, whatever happens to the row in between."""
+
+
 def philox_uniform(seeds: np.ndarray, sequences: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Uniform float64 in [0, 1), one per element; Philox 4x32 with 10 rounds (Salmon et al. 2011).
 
@@ -72,12 +89,25 @@ def _words(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return wide & _MASK, wide >> _32
 
 
-def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor,
+    params: list[SamplingParams],
+    positions: list[int],
+    *,
+    allowed: Sequence[Allowed | None] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draws one token per row: ids int64 [B] and their fp32 log-probabilities [B].
 
-    logits fp32 [B, V]; positions: how many tokens row b's sequence holds, the one drawn not counted.
-    Log-probabilities are of the tempered distribution before top-p (greedy rows: temperature 1).
+    logits fp32 [B, V]; positions: how many tokens row b's sequence holds, the one drawn not counted. allowed: per row
+    what may be drawn (None: anything). Log-probabilities are of the tempered distribution of the allowed tokens,
+    before top-p (greedy rows: temperature 1). Raises ValueError for a mask of the wrong size or without any token.
     """
+    if allowed is not None:
+        logits = _masked(logits, allowed)
+        params = [
+            replace(p, temperature=0.0) if one is not None and one.greedy else p
+            for p, one in zip(params, allowed, strict=True)
+        ]
     temperatures = torch.tensor([p.temperature or 1.0 for p in params])
     log_probs = torch.log_softmax(logits.float() / temperatures[:, None], dim=-1)
     probs = log_probs.double().exp()
@@ -100,3 +130,28 @@ def sample(logits: Tensor, params: list[SamplingParams], positions: list[int]) -
     greedy = torch.tensor([p.temperature == 0 for p in params])
     ids = torch.where(greedy, logits.argmax(-1), drawn)
     return ids, log_probs.gather(1, ids[:, None])[:, 0]
+
+
+def _masked(logits: Tensor, allowed: Sequence[Allowed | None]) -> Tensor:
+    """A copy in which tokens that are not allowed have no probability."""
+    words = -(-logits.shape[1] // 32)
+    rows: list[int] = []
+    refused: list[NDArray[np.bool_]] = []
+    for row, one in enumerate(allowed):
+        if one is None or one.bits is None:
+            continue
+        if one.bits.shape != (words,) or one.bits.dtype.itemsize != 4:
+            raise ValueError(
+                f"row {row}: a mask is {words} words of 32 bits, got {one.bits.dtype} {list(one.bits.shape)}"
+            )
+        bytes_ = np.ascontiguousarray(one.bits).astype("<u4", copy=False).view(np.uint8)
+        bits = np.unpackbits(bytes_, count=logits.shape[1], bitorder="little")
+        if not bits.any():
+            raise ValueError(f"row {row}: the mask allows no token")
+        rows.append(row)
+        refused.append(bits == 0)
+    if not rows:
+        return logits
+    logits = logits.clone()
+    logits[rows] = logits[rows].masked_fill(torch.from_numpy(np.stack(refused)), -torch.inf)
+    return logits

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from rorqual.engine.errors import CacheFull
-from rorqual.engine.sampler import SamplingParams, sample
+from rorqual.engine.sampler import Allowed, SamplingParams, TokenGuide, sample
 from rorqual.engine.sequence import PagedSequence
 from rorqual.engine.spill import Spilled
 
@@ -50,6 +50,10 @@ class Row:
     """Whose prefixes it may use."""
     sequence: PagedSequence | None = None
     spilled: Spilled | None = None
+    guide: TokenGuide | None = None
+    """Says before each draw what may be drawn."""
+    allowed: Allowed | None = None
+    """What `guide` said of the next draw."""
     leader: Row | None = None
     """Feeds the same prompt: this row waits, and starts as its fork."""
     sampled: int = 0
@@ -169,11 +173,16 @@ class Scheduler:
         order = sorted(range(len(drawing)), key=lambda n: drawing[n].order)
         rows = [drawing[n] for n in order]
         chosen = logits if picks == order == list(range(len(logits))) else logits[[picks[n] for n in order]]
-        ids, logprobs = sample(chosen, [row.params for row in rows], [row.length for row in rows])
+        allowed = [row.allowed for row in rows] if any(row.guide for row in rows) else None
+        ids, logprobs = sample(
+            chosen, [row.params for row in rows], [row.length for row in rows], allowed=allowed
+        )
         out = []
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
             row.sampled += 1
             row.pending.append(token)
+            if row.guide is not None:
+                row.allowed = row.guide(token)
             out.append(Drawn(row, token, logprob))
         return out
 
