@@ -511,7 +511,12 @@ class AsyncSandbox:
             for _ in range(count)
         ]
         try:
-            return await asyncio.gather(*tasks)
+            # Not gather(): that is over with the first cancelled one, and a second cancellation of the others
+            # would have them return before what they had begun is gone.
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+            return [task.result() for task in tasks]
         except BaseException:
             for task in tasks:
                 task.cancel()
