@@ -54,7 +54,7 @@ def ours():
 
 @pytest.fixture(scope="module")
 def adapter(ours):
-    return Adapter(ours._serialized)
+    return Adapter(ours.serialized)
 
 
 def peer(adapter, mode, **config):

@@ -66,7 +66,7 @@ def test_special_tokens_come_first(tokenizer):
 def test_training_is_deterministic_whatever_the_hash_seed():
     code = (
         "from test_tokenizer import corpus, train_bpe; import hashlib;"
-        "made = train_bpe(corpus(), vocab_size=512)._serialized;"
+        "made = train_bpe(corpus(), vocab_size=512).serialized;"
         "print(hashlib.sha256(made.encode()).hexdigest())"
     )
     here = os.path.dirname(__file__)
@@ -204,7 +204,7 @@ def test_hf_reads_the_file_and_agrees(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("missing", [s for s in SPECIAL_TOKENS if s != "<｜▁pad▁｜>"])
 def test_a_tokenizer_that_splits_a_marker_is_refused_with_its_name(tokenizer, missing, tmp_path):
-    spec = json.loads(tokenizer._serialized)
+    spec = json.loads(tokenizer.serialized)
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] != missing]
     del spec["model"]["vocab"][missing]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))

@@ -6,6 +6,7 @@ Text in, text out; needs nothing but the standard library (`Tokenizer` needs: pi
 from __future__ import annotations
 
 from .bpe import train_bpe
+from .constraint import Constrainer, Constraint
 from .errors import ChatError, ParseError, RenderError, TokenizerError
 from .events import Event
 from .machine import ParserOptions
@@ -17,6 +18,8 @@ from .tokenizer import Encoded, StreamDecoder, Tokenizer
 
 __all__ = [
     "ChatError",
+    "Constrainer",
+    "Constraint",
     "Diagnostic",
     "Encoded",
     "Event",

@@ -70,7 +70,8 @@ class Tokenizer:
             )
         except Exception as error:  # the library raises bare Exception on malformed files
             raise TokenizerError(f"{name}: not a tokenizer.json: {error}") from None
-        self._serialized = serialized
+        self.serialized: str = serialized
+        """The tokenizer.json it was made from."""
         self._plain = plain
         self._ids: dict[str, int] = added
         self._special_texts = {i: s for s, i in added.items()}
@@ -118,7 +119,7 @@ class Tokenizer:
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         try:
             with partial.open("w", encoding="utf-8") as handle:
-                handle.write(self._serialized)
+                handle.write(self.serialized)
                 handle.flush()
                 os.fsync(handle.fileno())
             partial.replace(file)
