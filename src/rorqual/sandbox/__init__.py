@@ -23,6 +23,11 @@ from rorqual.sandbox._sync.sandbox import Sandbox
 from rorqual.sandbox.doctor import doctor
 from rorqual.sandbox.errors import (
     CommandNotFound,
+    EdgeError,
+    EdgeFull,
+    EdgeLost,
+    EdgeRefused,
+    EdgeUnreachable,
     GuestError,
     GuestFileError,
     GuestGone,
@@ -38,6 +43,8 @@ from rorqual.sandbox.errors import (
     SandboxError,
     SandboxNotFound,
     TrajectoryError,
+    TrajectoryMismatch,
+    UnknownOutcome,
     Unsupported,
 )
 from rorqual.sandbox.limits import Mount
@@ -67,6 +74,11 @@ __all__ = [
     "CommandInfo",
     "CommandNotFound",
     "CommandResult",
+    "EdgeError",
+    "EdgeFull",
+    "EdgeLost",
+    "EdgeRefused",
+    "EdgeUnreachable",
     "FileEntry",
     "Function",
     "FunctionFailure",
@@ -95,6 +107,8 @@ __all__ = [
     "Snapshot",
     "TrajectoryEntry",
     "TrajectoryError",
+    "TrajectoryMismatch",
+    "UnknownOutcome",
     "Unsupported",
     "doctor",
     "prune",

@@ -9,6 +9,13 @@
     ├── SandboxEnded         the sandbox is over; `cause` says why
     ├── CommandNotFound      no command with this id runs, or ran recently, in the sandbox
     ├── TrajectoryError      the trajectory log cannot be read or written
+    ├── TrajectoryMismatch   a restarted client asks for something else than the log has at that number
+    ├── UnknownOutcome       it was begun, and nobody can tell how it ended; asking again runs it
+    ├── EdgeError            the conversation with an edge daemon failed
+    │   ├── EdgeUnreachable  nobody answers there, or not in time
+    │   ├── EdgeRefused      it refused the request: the token, the host name, a size; `status`
+    │   ├── EdgeFull         it has no room; `used`, `asked`, `limit`, `retry_after`
+    │   └── EdgeLost         the connection broke while a call was under way: it may or may not have been done
     ├── ImageError
     │   ├── ImageNotFound    no image with this name on this host
     │   └── ImageRejected    an archive that is malformed, hostile or too large; nothing of it was kept
@@ -25,7 +32,7 @@ an exception with a cause. Causes (DESIGN.md, rule 4) are the strings of `Cause`
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Cause = Literal["exited", "timeout", "oom", "evicted", "infra", "policy", "killed"]
@@ -103,6 +110,118 @@ class CommandNotFound(SandboxError):
 
 class TrajectoryError(SandboxError):
     """The trajectory log cannot be read or written."""
+
+
+class EdgeError(SandboxError):
+    """Base of the errors of an edge daemon."""
+
+
+class EdgeUnreachable(EdgeError):
+    """Nobody answers at the edge's address, or not in time."""
+
+    def __init__(self, address: str, why: str) -> None:
+        self.address = address
+        super().__init__(
+            f"no edge answers at {address}: {why}. Start one with `rorqual edge`, or pass edge='local'"
+        )
+
+
+class EdgeRefused(EdgeError):
+    """The edge refused the request before it looked at it. `status` is HTTP's number for why."""
+
+    def __init__(self, why: str, *, status: int) -> None:
+        self.status = status
+        super().__init__(why)
+
+
+class EdgeFull(EdgeError):
+    """The edge has no room for what was asked. Nothing was started."""
+
+    def __init__(self, edge: str, *, what: str, used: int, asked: int, limit: int, retry_after: int) -> None:
+        self.what = what
+        self.used = used
+        self.asked = asked
+        self.limit = limit
+        self.retry_after = retry_after
+        """Seconds after which it is worth to try again."""
+        super().__init__(
+            f"the edge {edge!r} is full: {used} {what} are in use and {asked} were asked for, of {limit}. "
+            f"Try again in {retry_after} s, or elsewhere"
+        )
+
+
+class EdgeLost(EdgeError):
+    """The connection to the edge broke while a call was under way."""
+
+    def __init__(self, call: str, sandbox_id: str) -> None:
+        self.call = call
+        self.sandbox_id = sandbox_id
+        super().__init__(
+            f"{sandbox_id}: the connection to the edge broke while {call} was under way; "
+            "trajectory.list() tells whether it was done"
+        )
+
+
+class TrajectoryMismatch(SandboxError):
+    """A client that goes through a log again asks for something else than the log has at that number.
+
+    `expected` and `asked` hold the kind and what the two must have in common. Nothing was done.
+    """
+
+    def __init__(
+        self, sandbox_id: str, *, seq: int, expected: Mapping[str, object], asked: Mapping[str, object]
+    ) -> None:
+        self.sandbox_id = sandbox_id
+        self.seq = seq
+        self.expected = dict(expected)
+        self.asked = dict(asked)
+        super().__init__(
+            f"{sandbox_id}: at number {seq} the log has {_call(expected)}, and the client asks for {_call(asked)}. "
+            "Ask in the order of the log, or use connect(id), which goes on live."
+        )
+
+
+class UnknownOutcome(SandboxError):
+    """It is in the log that it was begun, and nobody can tell whether, or how, it ended. It was not run again.
+
+    The place in the log is passed: asking the same once more runs it, asking what comes next goes on. `running` is its
+    id when it still runs: `commands.connect(running)`, `commands.kill(running)`. `stdout`, `stderr`: what is known.
+    """
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        *,
+        seq: int,
+        kind: str,
+        request: Mapping[str, object],
+        detail: str,
+        running: int | None = None,
+        stdout: str = "",
+        stderr: str = "",
+    ) -> None:
+        self.sandbox_id = sandbox_id
+        self.seq = seq
+        self.kind = kind
+        self.request = dict(request)
+        self.detail = detail
+        self.running = running
+        self.stdout = stdout
+        self.stderr = stderr
+        super().__init__(
+            f"{sandbox_id}: the outcome of number {seq} ({kind}) is unknown: {detail}. It was not run again; "
+            "ask once more to run it, or go on with what comes next."
+        )
+
+
+def _call(fields: Mapping[str, object]) -> str:
+    rest = ", ".join(f"{key}={_short(value)}" for key, value in fields.items() if key != "kind")
+    return f"{fields['kind']}({rest})"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:90]}...{text[-20:]}"
 
 
 class ImageError(SandboxError):

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from rorqual.sandbox import prune
+from rorqual.sandbox._address import edge_place
 from rorqual.sandbox._async.commands import AsyncCommands
 from rorqual.sandbox._async.files import AsyncFiles
 from rorqual.sandbox._async.function import AsyncFunction
@@ -49,9 +50,11 @@ from rorqual.sandbox.substrates import Launched, substrate
 from rorqual.sandbox.trajectory import Log, TrajectoryEntry, open_log
 
 EDGE = "local"
-"""The part of a sandbox's id that names its host; a later issue puts the edge's name here."""
+"""The part of a sandbox's id that names its edge, when no daemon made it."""
 CONNECT_S = 20.0
 MAX_FORK = 100
+_OF_THE_EDGE = ("cls", "edge", "token", "lease")
+"""What `create` does not hand to the maker of the sandbox."""
 _BOUNDS = Bounds()
 
 
@@ -75,6 +78,8 @@ class AsyncSandbox:
     files: AsyncFiles
     pty: AsyncPty
     trajectory: AsyncTrajectory
+    _keeps_forks = False
+    """An edge's forks outlive it, as all that it makes."""
 
     def __init__(self, session: Session, *, state: StateDir, owned: bool) -> None:
         self._session = session
@@ -107,6 +112,9 @@ class AsyncSandbox:
         require: Sequence[str] = (),
         keep: bool = False,
         trajectory: str | Path | None = None,
+        edge: str | None = None,
+        token: str | None = None,
+        lease: float = 60.0,
     ) -> AsyncSandbox:
         """Starts a sandbox and returns when its guest agent has answered.
 
@@ -117,37 +125,38 @@ class AsyncSandbox:
         default the state directory's.
         runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
         image: a name of `images.images()`, or what `snapshot()` returned.
+        edge, token: the daemon that makes it, 'unix:/path' or 'http://host:port'; None: $RORQUAL_EDGE and
+        $RORQUAL_EDGE_TOKEN, and this process where there is none; 'local': this process. lease: seconds after which
+        an edge ends it when this client is not heard any more, unless `keep`.
 
         Raises:
             InvalidRequest: an argument is wrong.
+            EdgeError: the edge cannot be reached, refuses the token, or is full.
             Unsupported: the substrate cannot do it; the error names what can.
             ImageNotFound: no such image.
             HostUnfit: the host lacks something; `fix` is a command.
             LaunchFailed: it did not start; nothing is left of it.
         """
-        spec = SandboxSpec(
-            substrate=substrate,
-            image=image.name if isinstance(image, Snapshot) else image,
-            timeout=timeout,
-            cpu=cpu,
-            memory_mb=memory_mb,
-            pids=pids,
-            disk_mb=disk_mb,
-            network=network,
-            envs=dict(envs or {}),
-            workdir=workdir,
-            mounts=parse_mounts(mounts),
-            user=user,
-            runtime=runtime,
-            metadata=dict(metadata or {}),
-            keep=keep,
+        arguments = {name: value for name, value in locals().items() if name not in _OF_THE_EDGE}
+        if (place := edge_place(edge, token)) is not None:
+            from rorqual.sandbox import _remote
+
+            return await _remote.create(place, arguments, lease=lease)
+        return await cls._create(arguments)
+
+    @classmethod
+    async def _create(cls, arguments: Mapping[str, Any], *, edge: str = EDGE) -> AsyncSandbox:
+        """`create` in this process, with all of its arguments but the edge's."""
+        require, trajectory = arguments["require"], arguments["trajectory"]
+        spec = _spec(
+            {name: value for name, value in arguments.items() if name not in ("require", "trajectory")}
         )
         kind = _require(spec.substrate, require)
         state = StateDir.from_environment()
         state.prepare()
         await asyncio.to_thread(prune.reap_once, state)
         path = Path.cwd() / trajectory if trajectory is not None else state.trajectory
-        return await cls._start(kind, spec, state=state, trajectory=path)
+        return await cls._start(kind, spec, state=state, trajectory=path, edge=edge)
 
     @classmethod
     async def function(
@@ -200,10 +209,17 @@ class AsyncSandbox:
 
     @classmethod
     async def _start(
-        cls, kind: Any, spec: SandboxSpec, *, state: StateDir, trajectory: Path, forked_from: str = ""
+        cls,
+        kind: Any,
+        spec: SandboxSpec,
+        *,
+        state: StateDir,
+        trajectory: Path,
+        edge: str = EDGE,
+        forked_from: str = "",
     ) -> AsyncSandbox:
         log = open_log(trajectory)
-        sandbox_id = f"sb-{EDGE}-{secrets.token_hex(6)}"
+        sandbox_id = f"sb-{edge}-{secrets.token_hex(6)}"
         request = asdict(spec) | ({"forked_from": forked_from} if forked_from else {})
         seq = await log.begin(sandbox=sandbox_id, kind="created", request=request)
         try:
@@ -216,14 +232,20 @@ class AsyncSandbox:
         return cls(session, state=state, owned=not spec.keep)
 
     @classmethod
-    async def connect(cls, sandbox_id: str) -> AsyncSandbox:
-        """A second hold on a live sandbox of this host and user, from this or another process.
+    async def connect(
+        cls, sandbox_id: str, *, edge: str | None = None, token: str | None = None
+    ) -> AsyncSandbox:
+        """A second hold on a live sandbox of this host and user, or of an edge, from this or another process.
 
-        Leaving its `with` block does not end the sandbox. A paused one is resumed.
+        Leaving its `with` block does not end the sandbox. A paused one is resumed. edge, token: as `create`.
 
         Raises:
             SandboxNotFound: no live sandbox has this id; `cause` when its end is in the trajectory log.
         """
+        if (place := edge_place(edge, token)) is not None:
+            from rorqual.sandbox import _remote
+
+            return await _remote.connect(place, sandbox_id)
         state = StateDir.from_environment()
         record = _record(state, sandbox_id)
         if record is None:
@@ -265,8 +287,12 @@ class AsyncSandbox:
         return cls(session, state=state, owned=False)
 
     @classmethod
-    async def list(cls) -> builtins.list[SandboxInfo]:
-        """Every live sandbox of this host and user, oldest first."""
+    async def list(cls, *, edge: str | None = None, token: str | None = None) -> builtins.list[SandboxInfo]:
+        """Every live sandbox of this host and user, or of an edge (see `create`), oldest first."""
+        if (place := edge_place(edge, token)) is not None:
+            from rorqual.sandbox import _remote
+
+            return await _remote.live(place)
         return _live(StateDir.from_environment())
 
     @property
@@ -394,7 +420,7 @@ class AsyncSandbox:
         record = await self._ready("disk_fork")
         session = self._session
         spec = SandboxSpec(
-            **record["spec"] | {"mounts": parse_mounts(record["spec"]["mounts"]), "keep": False}
+            **record["spec"] | {"mounts": parse_mounts(record["spec"]["mounts"]), "keep": self._keeps_forks}
         )
         if timeout is not None:
             spec = replace(spec, timeout=timeout)
@@ -506,7 +532,14 @@ class AsyncSandbox:
         kind = substrate(spec.substrate)
         tasks = [
             asyncio.create_task(
-                self._start(kind, spec, state=self._state, trajectory=trajectory, forked_from=self.id)
+                self._start(
+                    kind,
+                    spec,
+                    state=self._state,
+                    trajectory=trajectory,
+                    edge=self.id[3:-13],
+                    forked_from=self.id,
+                )
             )
             for _ in range(count)
         ]
@@ -525,6 +558,18 @@ class AsyncSandbox:
                 if isinstance(child, AsyncSandbox):
                     await child.kill()
             raise
+
+
+def _spec(arguments: Mapping[str, Any]) -> SandboxSpec:
+    """The checked request of `create`'s arguments. Raises InvalidRequest."""
+    image = arguments["image"]
+    given = {
+        "image": image.name if isinstance(image, Snapshot) else image,
+        "envs": dict(arguments["envs"] or {}),
+        "mounts": parse_mounts(arguments["mounts"]),
+        "metadata": dict(arguments["metadata"] or {}),
+    }
+    return SandboxSpec(**{**arguments, **given})
 
 
 def _require(name: str, require: Sequence[str]) -> Any:

@@ -62,6 +62,9 @@ class Sandbox:
         require: Sequence[str] = (),
         keep: bool = False,
         trajectory: str | Path | None = None,
+        edge: str | None = None,
+        token: str | None = None,
+        lease: float = 60.0,
     ) -> Sandbox:
         """Starts a sandbox and returns when its guest agent has answered.
 
@@ -72,9 +75,13 @@ class Sandbox:
         default the state directory's.
         runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
         image: a name of `images.images()`, or what `snapshot()` returned.
+        edge, token: the daemon that makes it, 'unix:/path' or 'http://host:port'; None: $RORQUAL_EDGE and
+        $RORQUAL_EDGE_TOKEN, and this process where there is none; 'local': this process. lease: seconds after which
+        an edge ends it when this client is not heard any more, unless `keep`.
 
         Raises:
             InvalidRequest: an argument is wrong.
+            EdgeError: the edge cannot be reached, refuses the token, or is full.
             Unsupported: the substrate cannot do it; the error names what can.
             ImageNotFound: no such image.
             HostUnfit: the host lacks something; `fix` is a command.
@@ -100,6 +107,9 @@ class Sandbox:
                     require=require,
                     keep=keep,
                     trajectory=trajectory,
+                    edge=edge,
+                    token=token,
+                    lease=lease,
                 )
             )
         )
@@ -152,20 +162,20 @@ class Sandbox:
         )
 
     @classmethod
-    def connect(cls, sandbox_id: str) -> Sandbox:
-        """A second hold on a live sandbox of this host and user, from this or another process.
+    def connect(cls, sandbox_id: str, *, edge: str | None = None, token: str | None = None) -> Sandbox:
+        """A second hold on a live sandbox of this host and user, or of an edge, from this or another process.
 
-        Leaving its `with` block does not end the sandbox. A paused one is resumed.
+        Leaving its `with` block does not end the sandbox. A paused one is resumed. edge, token: as `create`.
 
         Raises:
             SandboxNotFound: no live sandbox has this id; `cause` when its end is in the trajectory log.
         """
-        return cls(run(AsyncSandbox.connect(sandbox_id)))
+        return cls(run(AsyncSandbox.connect(sandbox_id, edge=edge, token=token)))
 
     @classmethod
-    def list(cls) -> builtins.list[SandboxInfo]:
-        """Every live sandbox of this host and user, oldest first."""
-        return run(AsyncSandbox.list())
+    def list(cls, *, edge: str | None = None, token: str | None = None) -> builtins.list[SandboxInfo]:
+        """Every live sandbox of this host and user, or of an edge (see `create`), oldest first."""
+        return run(AsyncSandbox.list(edge=edge, token=token))
 
     @property
     def id(self) -> str:
