@@ -11,6 +11,9 @@ from typing import Any
 
 from rorqual.sandbox.errors import InvalidRequest
 
+MAX_STACKED = 32
+"""Images that may lie on one."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mount:
@@ -30,6 +33,8 @@ class SandboxSpec:
 
     substrate: str = "container"
     image: str = "base"
+    layers: Sequence[str] = ()
+    """Images that lie on `image`, the later ones over the earlier ones."""
     timeout: float = 300.0
     """Lifetime from the start; then the sandbox ends with cause `timeout`."""
     cpu: float = 1.0
@@ -71,6 +76,10 @@ class SandboxSpec:
             raise InvalidRequest(f"user: {self.user!r} is not a user name")
         for mount in self.mounts:
             _check_mount(mount)
+        if isinstance(self.layers, str) or not all(isinstance(name, str) for name in self.layers):
+            raise InvalidRequest(f"layers: {self.layers!r} must be a sequence of image names")
+        if len(self.layers) > MAX_STACKED:
+            raise InvalidRequest(f"layers: {len(self.layers)} names (at most {MAX_STACKED})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -97,6 +97,7 @@ class AsyncSandbox:
         *,
         substrate: str = "container",
         image: str | Snapshot = "base",
+        layers: Sequence[str] = (),
         timeout: float = 300.0,
         cpu: float = 1.0,
         memory_mb: int = 512,
@@ -124,7 +125,8 @@ class AsyncSandbox:
         inside. require: capabilities it must have. keep: outlive this process. trajectory: the log's file, by
         default the state directory's.
         runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
-        image: a name of `images.images()`, or what `snapshot()` returned.
+        image: a name of `images.images()`, or what `snapshot()` returned. layers: images on top of it, such as
+        a workspace and a toolkit, the later over the earlier, all below what a snapshot had written.
         edge, token: the daemon that makes it, 'unix:/path' or 'http://host:port'; None: $RORQUAL_EDGE and
         $RORQUAL_EDGE_TOKEN, and this process where there is none; 'local': this process. lease: seconds after which
         an edge ends it when this client is not heard any more, unless `keep`.
@@ -429,7 +431,7 @@ class AsyncSandbox:
         try:
             taken, held = await take(session, record, name="", state=self._state, bounds=bounds)
             drop = partial(drop_fork, taken.name, held, state=self._state)
-            spec = replace(spec, image=taken.name)
+            spec = replace(spec, image=taken.name, layers=())
             children: builtins.list[AsyncSandbox] = []
             try:
                 children = await self._start_all(spec, count, Path(record["trajectory"]))

@@ -47,6 +47,7 @@ class Sandbox:
         *,
         substrate: str = "container",
         image: str | Snapshot = "base",
+        layers: Sequence[str] = (),
         timeout: float = 300.0,
         cpu: float = 1.0,
         memory_mb: int = 512,
@@ -74,7 +75,8 @@ class Sandbox:
         inside. require: capabilities it must have. keep: outlive this process. trajectory: the log's file, by
         default the state directory's.
         runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
-        image: a name of `images.images()`, or what `snapshot()` returned.
+        image: a name of `images.images()`, or what `snapshot()` returned. layers: images on top of it, such as
+        a workspace and a toolkit, the later over the earlier, all below what a snapshot had written.
         edge, token: the daemon that makes it, 'unix:/path' or 'http://host:port'; None: $RORQUAL_EDGE and
         $RORQUAL_EDGE_TOKEN, and this process where there is none; 'local': this process. lease: seconds after which
         an edge ends it when this client is not heard any more, unless `keep`.
@@ -92,6 +94,7 @@ class Sandbox:
                 AsyncSandbox.create(
                     substrate=substrate,
                     image=image,
+                    layers=layers,
                     timeout=timeout,
                     cpu=cpu,
                     memory_mb=memory_mb,

@@ -82,7 +82,7 @@ class RootFs:
     """What a sandbox's root is made of."""
 
     overlays: tuple[tuple[str, tuple[str, ...]], ...]
-    """(target inside, host directories, top layer first)."""
+    """(target inside, lowers, top layer first). A lower is a host directory or a layer (images/layers.py)."""
     binds: tuple[tuple[str, str], ...] = ()
     """(host path, path inside), read-only, ids unshifted."""
     envs: Mapping[str, str] = field(default_factory=dict)

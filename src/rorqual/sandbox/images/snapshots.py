@@ -1,8 +1,9 @@
 """Snapshots as images: <state>/images/<name>/{image.json, lease, <layers>}, on top of the image the sandbox ran on.
 
-image.json has `parent` (an image's name) and `stack`: per layer, the top one first, pairs of a mount point and a
-directory. A fork's layers are the same under a hidden name, `.fork-<12 hex digits>`, and go with their last user
-(keeper/leases.py). Owns the format; the keeper's child writes the layers (keeper/layers.py).
+image.json has `parent` (an image's name), `parent_layers` (those of `create(layers=...)`) and `stack`: per layer, the
+top one first, pairs of a mount point and a directory. A fork's layers are the same under a hidden name,
+`.fork-<12 hex digits>`, and go with their last user (keeper/leases.py). Owns the format; the keeper's child writes the
+layers (keeper/layers.py).
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ def read(place: Path) -> dict[str, Any]:
     return record
 
 
-def parents(state: StateDir) -> dict[str, str]:
-    """Snapshot -> the image it is built on, forks in use included."""
+def parents(state: StateDir) -> dict[str, tuple[str, ...]]:
+    """Snapshot -> the images it is built on, forks in use included."""
     found = {}
     for path in state.images.glob("*/image.json") if state.images.is_dir() else ():
         name = path.parent.name
         if not name.startswith(".") or FORK_NAME.fullmatch(name):
             record = read(path.parent)
             if "parent" in record:
-                found[name.replace("@", ":")] = record["parent"]
+                found[name.replace("@", ":")] = (record["parent"], *record.get("parent_layers", ()))
     return found
 
 
@@ -89,6 +90,7 @@ def finish(
     (building / "copied.json").unlink()
     stack = [report["layers"]]
     parent, size = source["image"], report["size_bytes"]
+    below = list(source.get("layers", ()))
     budget = layers.Budget(max_bytes=1 << 62, max_entries=1 << 62)  # bounded when they were taken
     while not fork and FORK_NAME.fullmatch(parent):
         record = read(state.images / parent)
@@ -99,7 +101,7 @@ def finish(
                 _copy(state.images / parent / directory, building / copy, budget)
                 copied.append([target, copy])
             stack.append(copied)
-        parent = record["parent"]
+        parent, below = record["parent"], [*record.get("parent_layers", ()), *below]
     return {
         "origin": "snapshot",
         "size_bytes": size + budget.size_bytes,
@@ -107,6 +109,7 @@ def finish(
         "digest": "",
         "envs": {},
         "parent": parent,
+        "parent_layers": below,
         "stack": stack,
         "id_base": source["id_base"],
         "sandbox": source["id"],

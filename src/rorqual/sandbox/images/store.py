@@ -1,5 +1,7 @@
-"""The image store: <state>/images/<name>/{image.json, rootfs/}. An image is complete when its directory has
-its name.
+"""The image store: <state>/images/<name>/image.json. An image is complete when its directory has its name.
+
+image.json names its layers in <state>/layers, the top one first (layers.py); where EROFS cannot be mounted, its files
+lie beside it in rootfs/ instead.
 
 Images are built in a `.building-*` directory and renamed into place, so that a killed build leaves nothing
 usable and `prune()` finds it. Owns names and lookup; base.py, debian.py and oci.py make the contents.
@@ -10,11 +12,13 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rorqual.sandbox.errors import ImageError, ImageNotFound, InvalidRequest
+from rorqual.sandbox.images import layers as stacks
 from rorqual.sandbox.images import snapshots
 from rorqual.sandbox.images.base import RootFs, base_image
 from rorqual.sandbox.keeper import leases
@@ -31,7 +35,7 @@ class ImageInfo:
 
     name: str
     origin: str
-    """'host', 'debian', 'oci' or 'snapshot'."""
+    """'host', 'debian', 'oci', 'directory', 'remote' or 'snapshot'."""
     size_bytes: int | None
     """Sum of its files; None for the host's own directories."""
     digest: str
@@ -77,7 +81,7 @@ def remove_image(name: str, *, state: StateDir | None = None) -> bool:
     place = image_directory(name, state=state)
     if not place.is_dir():
         return False
-    above = [child for child, parent in snapshots.parents(state).items() if parent == name]
+    above = [child for child, below in snapshots.parents(state).items() if name in below]
     if above:
         raise ImageError(
             f"image {name!r} cannot go: {', '.join(sorted(above))} is built on it; remove that first"
@@ -89,6 +93,7 @@ def remove_image(name: str, *, state: StateDir | None = None) -> bool:
     doomed = state.images / f".removing-{os.getpid()}-{place.name}"
     os.rename(place, doomed)
     remove_tree(str(doomed))
+    stacks.remove_unused(state)
     return True
 
 
@@ -111,13 +116,21 @@ def install(building: Path, *, name: str, state: StateDir, record: dict[str, Any
         os.close(fd)
 
 
-def root_file_system(name: str, *, state: StateDir) -> RootFs:
-    """What a sandbox of this image is made of.
+def root_file_system(name: str, *, layers: Sequence[str] = (), state: StateDir) -> RootFs:
+    """What a sandbox of this image is made of, with these images on top of it, the later over the earlier.
 
     Raises:
         ImageNotFound: no such image; the message names those that exist.
-        InvalidRequest: not a name.
+        InvalidRequest: not a name, or not one that can lie on another.
+        ImageError: a layer of it is gone.
     """
+    root = _root(name, state=state)
+    if not layers:
+        return root
+    return stacks.stack(root, [(layer, _root(layer, state=state)) for layer in layers])
+
+
+def _root(name: str, *, state: StateDir) -> RootFs:
     state.prepare()
     if name in BASE_NAMES:
         return base_image(state.images)
@@ -127,6 +140,9 @@ def root_file_system(name: str, *, state: StateDir) -> RootFs:
         raise ImageNotFound(name, known=[info.name for info in images(state=state)])
     record = json.loads((place / "image.json").read_text(encoding="utf-8"))
     if "stack" in record:
-        parent = root_file_system(record["parent"], state=state)
+        below = tuple(record.get("parent_layers", ()))
+        parent = root_file_system(record["parent"], layers=below, state=state)
         return snapshots.on_top(name, place, record, parent)
+    if "layers" in record:
+        return RootFs(overlays=(("/", stacks.of_record(name, record, state=state)),), envs=record["envs"])
     return RootFs(overlays=(("/", (str(place / "rootfs"),)),), envs=record["envs"])

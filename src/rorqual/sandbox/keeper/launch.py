@@ -1,7 +1,7 @@
 """One launch: what happens between the keeper's fork and the runtime's exec.
 
-Order: (rootless only) user namespace -> private mount namespace -> tmpfs on /mnt -> disk -> overlays -> binds
--> listening socket -> exec of the OCI runtime. Every mount lives in this process's private mount namespace
+Order: (rootless only) user namespace -> private mount namespace -> tmpfs on /mnt -> disk -> layers -> overlays ->
+binds -> listening socket -> exec of the OCI runtime. Every mount lives in this process's private mount namespace
 and is inherited by the container alone: none is ever visible on the host, so none can be left behind.
 The bundle lies in a tmpfs on /mnt of that namespace because a container in a user namespace must be able to
 walk to its root, and the state directory is often under a 0700 home.
@@ -18,6 +18,7 @@ import subprocess
 from typing import Any
 
 from rorqual.sandbox.keeper import linux
+from rorqual.sandbox.loader import client
 
 STAGE = "/mnt"
 BUNDLE = STAGE + "/bundle"
@@ -97,9 +98,40 @@ def _target(path: str, *, directory: bool, owner: int = 0) -> str:
     return here
 
 
-def _overlay(index: int, spec: dict[str, Any], *, disk: str, idmap_fd: int | None, userxattr: bool) -> None:
+def _layers(order: dict[str, Any], idmap_fd: int | None) -> dict[str, str]:
+    """Mounts every EROFS layer of the order, each once, from the layer holder: name -> place."""
+    found: dict[str, str] = {}
+    for spec in order["overlays"]:
+        for lower in spec["lower"]:
+            name = os.path.basename(lower.partition("#")[0])
+            if name.endswith((".erofs", ".lazy")):
+                found.setdefault(name, f"{STAGE}/layer{len(found)}")
+    if found:
+        fds = client.trees(order["holder"], list(found))
+        for fd, place in zip(fds, found.values(), strict=True):
+            os.mkdir(place)
+            linux.attach(fd, place, readonly=True, idmap_fd=idmap_fd)
+            os.close(fd)
+    return found
+
+
+def _overlay(
+    index: int,
+    spec: dict[str, Any],
+    *,
+    disk: str,
+    idmap_fd: int | None,
+    userxattr: bool,
+    layers: dict[str, str],
+) -> None:
     lowers: list[str] = []
     for number, lower in enumerate(spec["lower"]):
+        file, _, inside = lower.partition("#")
+        if os.path.basename(file) in layers:
+            path = linux.below(layers[os.path.basename(file)], inside)
+            if path is not None:  # this layer has nothing for this mount point
+                lowers.append(path)
+            continue
         plain = number < spec.get(
             "plain", 0
         )  # a sandbox's own files, which have its host ids on disk already
@@ -150,8 +182,9 @@ def _mounts(order: dict[str, Any], idmaps: Idmaps | None) -> None:
         linux.mount("tmpfs", disk, fstype="tmpfs", flags=linux.MS_NODEV, data=f"size={disk_mb}m,mode=755")
     shift = order["idmap"]
     lower_fd = idmaps.fd(shift, shift) if idmaps is not None and shift else None
+    layers = _layers(order, lower_fd)
     for index, spec in enumerate(order["overlays"]):
-        _overlay(index, spec, disk=disk, idmap_fd=lower_fd, userxattr=order["userxattr"])
+        _overlay(index, spec, disk=disk, idmap_fd=lower_fd, userxattr=order["userxattr"], layers=layers)
     for item in order["directories"]:
         there = os.path.lexists(ROOT + item["path"])
         place = _target(item["path"], directory=True, owner=order["owner"])

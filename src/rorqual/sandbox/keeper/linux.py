@@ -67,34 +67,58 @@ def umount(target: str, *, flags: int = MNT_DETACH) -> None:
     _check(_libc.umount2(target.encode(), flags), f"umount {target}")
 
 
+def open_tree(path: str) -> int:
+    """A detached copy of the mount at `path`, as a descriptor for `attach`, in this process or another."""
+    return _check(
+        _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, path.encode(), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC),
+        f"open_tree {path}",
+    )
+
+
+def attach(tree: int, target: str, *, readonly: bool, idmap_fd: int | None = None) -> None:
+    """Puts a detached mount at `target`, with ids shifted by the user namespace `idmap_fd` when given."""
+    flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if readonly else 0)
+    if idmap_fd is not None:
+        # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
+        attr = struct.pack("QQQQ", _MOUNT_ATTR_IDMAP, 0, 0, idmap_fd)
+        _check(
+            _libc.syscall(_SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, ctypes.c_size_t(len(attr))),
+            f"idmapped mount at {target}",
+        )
+    _check(
+        _libc.syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH),
+        f"move_mount at {target}",
+    )
+    mount("none", target, flags=MS_REMOUNT | MS_BIND | flags)
+
+
 def bind(source: str, target: str, *, readonly: bool, idmap_fd: int | None = None) -> None:
     """Bind-mounts `source` at `target`, with ids shifted by the user namespace `idmap_fd` when given."""
-    flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if readonly else 0)
     if idmap_fd is None:
+        flags = MS_NOSUID | MS_NODEV | (MS_RDONLY if readonly else 0)
         mount(source, target, flags=MS_BIND)
-    else:
-        tree = _check(
-            _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, source.encode(), _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC),
-            f"open_tree {source}",
-        )
-        try:
-            # struct mount_attr: attr_set, attr_clr, propagation, userns_fd
-            attr = struct.pack("QQQQ", _MOUNT_ATTR_IDMAP, 0, 0, idmap_fd)
-            _check(
-                _libc.syscall(
-                    _SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attr, ctypes.c_size_t(len(attr))
-                ),
-                f"idmapped mount of {source}",
-            )
-            _check(
-                _libc.syscall(
-                    _SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH
-                ),
-                f"move_mount {source} at {target}",
-            )
-        finally:
-            os.close(tree)
-    mount("none", target, flags=MS_REMOUNT | MS_BIND | flags)
+        mount("none", target, flags=MS_REMOUNT | MS_BIND | flags)
+        return
+    tree = open_tree(source)
+    try:
+        attach(tree, target, readonly=readonly, idmap_fd=idmap_fd)
+    finally:
+        os.close(tree)
+
+
+def below(root: str, inside: str) -> str | None:
+    """The directory `inside` below `root`; None when it is not there or a link leads to it.
+
+    For trees that nobody writes: each step is looked at by its name.
+    """
+    here = root
+    for part in inside.split("/"):
+        if part in ("", "."):
+            continue
+        here = f"{here}/{part}"
+        if part == ".." or not os.path.isdir(here) or os.path.islink(here):
+            return None
+    return here
 
 
 def user_namespace(uid_map: str, gid_map: str) -> int:

@@ -77,7 +77,7 @@ class Container:
                     f"runtime={spec.runtime!r}", reason="it is not on this host", available=names
                 )
         spec = _with_user(spec, plan)
-        root = images.root_file_system(spec.image, state=state)
+        root = await asyncio.to_thread(_root, spec, state)
         if root.leases and (plan.rootless or plan.id_base != root.id_base):
             raise HostUnfit(
                 f"the files of {spec.image!r} belong to host ids from {root.id_base}, and sandboxes here get "
@@ -114,6 +114,13 @@ class Container:
             return launched
         assert failure is not None
         raise failure
+
+
+def _root(spec: SandboxSpec, state: StateDir) -> images.RootFs:
+    """Its layers are mounted by the layer holder when this returns."""
+    root = images.root_file_system(spec.image, layers=spec.layers, state=state)
+    images.prepare(root, state=state)
+    return root
 
 
 def _with_user(spec: SandboxSpec, plan: host.HostPlan) -> SandboxSpec:
@@ -287,6 +294,7 @@ def launch_order(
             }
             for target, lower in root.overlays
         ],
+        "holder": images.holder_directory(state),
         "seeded": bool(root.leases),
         "leases": list(root.leases),
         "directories": directories,
@@ -302,6 +310,7 @@ def launch_order(
             "id": sandbox_id,
             "substrate": spec.substrate,
             "image": spec.image,
+            "layers": list(spec.layers),
             "runtime": runtime,
             "rootless": plan.rootless,
             "user": spec.user,

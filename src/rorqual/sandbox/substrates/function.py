@@ -101,6 +101,7 @@ async def launch(spec: FunctionSpec, *, sandbox_id: str, state: StateDir, trajec
         )
     filter_program = seccomp.compiled(seccomp.function_profile())
     root = images.root_file_system(spec.image, state=state)
+    await asyncio.to_thread(images.prepare, root, state=state)
     if root.leases and plan.id_base != root.id_base:
         raise HostUnfit(
             f"the files of {spec.image!r} belong to other host ids: take the snapshot again here."
