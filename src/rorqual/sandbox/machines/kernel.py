@@ -39,6 +39,8 @@ MODULES = (
     "vmw_vsock_virtio_transport",
     "erofs",
     "overlay",
+    "kvm_amd",  # these two: for the emulated host of tests/sandbox/nested
+    "tun",
 )
 """Everything that some machine of ours may load (initrd.py picks)."""
 _FETCH_S = 300.0
