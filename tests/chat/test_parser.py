@@ -391,3 +391,9 @@ def test_ten_thousand_hostile_texts(seed):
                 kwargs,
             )
         assert all(isinstance(json.loads(c.arguments), dict) for c in message.tool_calls)
+
+
+def test_a_few_seconds_of_the_fuzzer():
+    from scripts.fuzz_parser import run
+
+    assert run(3.0, seed=random.randrange(1 << 32)) > 100
