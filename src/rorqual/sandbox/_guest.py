@@ -12,7 +12,7 @@ import asyncio
 import errno
 import posixpath
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
@@ -302,25 +302,31 @@ class GuestClient:
             raise ValueError(f"offset {offset}, limit {limit}: neither may be negative")
         most = MAX_READ + 1 if limit is None else limit
         data = bytearray()
-        handle = 0
+        async for chunk in self.read_pieces(path, offset=offset, limit=most):
+            data += chunk
+        if limit is None and len(data) > MAX_READ:
+            raise GuestFileError(errno.EFBIG, path, call="read without limit")
+        return bytes(data)
+
+    async def read_pieces(self, path: str, *, offset: int, limit: int) -> AsyncIterator[bytes]:
+        """At most `limit` bytes of one opened file, from `offset`, as they come. Raises GuestFileError."""
+        got = handle = 0
         try:
-            ask = (wire.u64(offset), wire.u64(most), wire.path(path))
+            ask = (wire.u64(offset), wire.u64(limit), wire.path(path))
             handle, chunk = await self._file(Type.READ_OPEN, path, *ask, read=wire.read_chunk)
             while True:
-                if len(data) + len(chunk) > most or (handle and not chunk):
+                got += len(chunk)
+                if got > limit or (handle and not chunk):
                     raise self._fail(
                         GuestProtocolError(f"the guest's answer to a read of {path} does not add up")
                     )
-                data += chunk
+                yield chunk
                 if not handle:
-                    break
+                    return
                 handle, chunk = await self._file(Type.READ_NEXT, path, wire.u32(handle), read=wire.read_chunk)
         except BaseException:
             self._drop_handle(handle)
             raise
-        if limit is None and len(data) > MAX_READ:
-            raise GuestFileError(errno.EFBIG, path, call="read without limit")
-        return bytes(data)
 
     async def write_file(
         self,

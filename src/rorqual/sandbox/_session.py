@@ -42,6 +42,8 @@ class Session:
     processes: dict[int, GuestProcess] = field(default_factory=dict)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     paused: bool = False
+    closing: bool = False
+    """This client lets go: its commands run on, and their rows stay open for whoever attaches."""
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -158,7 +160,8 @@ class Session:
         task.add_done_callback(self.tasks.discard)
 
     async def close(self) -> None:
-        """Drops the connection. The sandbox lives on. Idempotent."""
+        """Drops the connection. The sandbox and its commands live on. Idempotent."""
+        self.closing = True
         self.launched.keeper.unwatch(self.id, self._on_ended)
         self.launched.keeper.unwatch_still(self.id, self._on_still)
         tasks = list(self.tasks)

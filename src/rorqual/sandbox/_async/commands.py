@@ -118,6 +118,9 @@ class AsyncCommandHandle:
     async def _abandon(self, error: BaseException) -> None:
         """Cancelled, or the connection died: the command must not run on unseen; the log says what
         happened."""
+        letting_go = self._session.closing and self._session.ended is None
+        if letting_go and isinstance(error, asyncio.CancelledError | GuestGone):
+            return
         if isinstance(error, asyncio.CancelledError | Exception) and not isinstance(error, GuestGone):
             kill = asyncio.ensure_future(self._kill_and_wait())
             kill.add_done_callback(lambda task: None if task.cancelled() else task.exception())
