@@ -9,6 +9,8 @@ need cc gcc
 need c++ g++
 need mmdebstrap mmdebstrap
 need newuidmap uidmap
+need ip iproute2
+need nft nftables  # for its library
 [ -e /usr/lib/x86_64-linux-gnu/libc.a ] || [ -e /usr/lib/aarch64-linux-gnu/libc.a ] || missing="$missing libc6-dev"
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$missing python3-venv"
 [ -z "$missing" ] && exit 0

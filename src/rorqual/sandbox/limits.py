@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.sandbox.errors import InvalidRequest
+from rorqual.sandbox.network.policy import OFFLINE, NetworkPolicy, parse_policy
 
 MAX_STACKED = 32
 """Images that may lie on one."""
@@ -46,7 +47,10 @@ class SandboxSpec:
     disk_mb: int | None = 512
     """Writable disk, memory-backed and counted in memory_mb as it fills; None: the host's disk, without
     limit."""
-    network: str = "offline"
+    network: str | NetworkPolicy | Mapping[str, Any] = OFFLINE
+    """A policy's name, a policy, or its fields; kept as a policy, 'offline' as the word."""
+    secrets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What may be written down of each secret (Secret.public()); the values are not here."""
     envs: Mapping[str, str] = field(default_factory=dict)
     workdir: str | None = None
     """Default working directory; None is the user's home."""
@@ -74,6 +78,9 @@ class SandboxSpec:
             raise InvalidRequest(f"workdir: {self.workdir!r} must be an absolute path inside the sandbox")
         if not re.fullmatch(r"([a-z_][a-z0-9_-]{0,31})?", self.user):
             raise InvalidRequest(f"user: {self.user!r} is not a user name")
+        if self.network != OFFLINE:
+            policy = parse_policy(self.network)
+            object.__setattr__(self, "network", OFFLINE if policy.name == OFFLINE else policy)
         for mount in self.mounts:
             _check_mount(mount)
         if isinstance(self.layers, str) or not all(isinstance(name, str) for name in self.layers):
