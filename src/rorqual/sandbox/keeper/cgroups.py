@@ -1,8 +1,9 @@
 """Cgroups of a sandbox, read and removed by hand: v1 hierarchies and v2, whichever the host mounts.
 
-The OCI runtime creates them (it knows every limit's file); this file finds, reads and removes them, so that
-the end of a sandbox costs no runtime call. Path: <hierarchy>/rorqual-<sandbox id>, without a common parent:
-removing one would race with the next launch. It also freezes one, and gives back what memory the kernel can spare.
+The OCI runtime creates those of containers (it knows every limit's file), `make` those of machines; this file finds,
+reads and removes them, so that the end of a sandbox costs no runtime call. Path: <hierarchy>/rorqual-<sandbox id>,
+without a common parent: removing one would race with the next launch. It also freezes one, and gives back what memory
+the kernel can spare.
 Sources: cgroup-v1/freezer-subsystem.rst, cgroup-v1/memory.rst, cgroup-v2.rst of the kernel's documentation.
 """
 
@@ -152,7 +153,6 @@ def make_slots(path: str, count: int, *, memory: int, pids: int, cpu: float) -> 
     Raises OSError.
     """
     slots = [f"{path}/call{number}" for number in range(count)]
-    quota, period = max(1000, int(cpu * 100_000)), 100_000
     points = hierarchies()
     v2 = "memory" not in points
     if v2:  # a cgroup with children that are limited may hold no process itself
@@ -163,28 +163,62 @@ def make_slots(path: str, count: int, *, memory: int, pids: int, cpu: float) -> 
                 _write(top + "/zygote/cgroup.procs", pid)
         _write(top + "/cgroup.subtree_control", "+memory +pids +cpu")
     for slot in slots:
-        limits = (
-            {
-                "unified/memory.max": memory,
-                "unified/pids.max": pids,
-                "unified/cpu.max": f"{quota} {period}",
-            }
-            if v2
-            else {
-                "memory/memory.limit_in_bytes": memory,
-                "memory/memory.memsw.limit_in_bytes": memory,  # the sum with swap: no swap
-                "pids/pids.max": pids,
-                "cpu/cpu.cfs_period_us": period,
-                "cpu/cpu.cfs_quota_us": quota,
-            }
-        )
-        for key, value in limits.items():
-            controller, _, name = key.partition("/")
-            place = points[controller] + slot
-            os.makedirs(place, exist_ok=True)
-            if "memsw" not in name or os.path.exists(f"{place}/{name}"):
-                _write(f"{place}/{name}", str(value))
+        _limit(points, slot, memory=memory, pids=pids, cpu=cpu)
     return slots
+
+
+def make(path: str, *, memory: int | None, pids: int | None, cpu: float | None) -> None:
+    """Makes the cgroup of a machine, with these limits (None: none), and a freezer. Needs root.
+
+    memory in bytes, cpu in CPUs. `join` moves a process in. Raises OSError.
+    """
+    points = hierarchies()
+    if "memory" not in points:
+        with contextlib.suppress(OSError):  # systemd has done it, or another sandbox
+            _write(points["unified"] + "/cgroup.subtree_control", "+memory +pids +cpu")
+    for controller in _needed(points):
+        os.makedirs(points[controller] + path, exist_ok=True)
+    _limit(points, path, memory=memory, pids=pids, cpu=cpu)
+
+
+def join(path: str, pid: int) -> None:
+    """Moves a process into a cgroup of `make`. Raises OSError."""
+    points = hierarchies()
+    for place in {points[name] + path for name in _needed(points)}:
+        _write(place + "/cgroup.procs", str(pid))
+
+
+def _needed(points: dict[str, str]) -> list[str]:
+    names = ("memory", "pids", "cpu", "cpuacct", "freezer") if "memory" in points else ("unified",)
+    return [name for name in names if name in points]
+
+
+def _limit(
+    points: dict[str, str], path: str, *, memory: int | None, pids: int | None, cpu: float | None
+) -> None:
+    """Makes the cgroup where it is missing and writes its limits."""
+    period = 100_000
+    quota = None if cpu is None else max(1000, int(cpu * period))
+    if "memory" in points:
+        limits: dict[str, int | str | None] = {
+            "memory/memory.limit_in_bytes": memory,
+            "memory/memory.memsw.limit_in_bytes": memory,  # the sum with swap: no swap
+            "pids/pids.max": pids,
+            "cpu/cpu.cfs_period_us": None if quota is None else period,
+            "cpu/cpu.cfs_quota_us": quota,
+        }
+    else:
+        limits = {
+            "unified/memory.max": memory,
+            "unified/pids.max": pids,
+            "unified/cpu.max": None if quota is None else f"{quota} {period}",
+        }
+    for key, value in limits.items():
+        controller, _, name = key.partition("/")
+        place = points[controller] + path
+        os.makedirs(place, exist_ok=True)
+        if value is not None and ("memsw" not in name or os.path.exists(f"{place}/{name}")):
+            _write(f"{place}/{name}", str(value))
 
 
 def join_slot(slot: str, pid: int) -> None:

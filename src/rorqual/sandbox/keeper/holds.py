@@ -1,8 +1,10 @@
 """Pause, resume and snapshot, as the keeper does them: freeze, wait until frozen, copy, let go.
 
-A sandbox stands still while it is paused or while a copy of its disk is under way. Nothing here blocks the keeper's
-loop: freezing is asked for and looked at in `tick`, a copy runs in a forked child (layers.py). Killing a frozen
-sandbox thaws it (cgroups.thaw), so that the kill is felt. Owns the freezer; never removes anything of a sandbox.
+A sandbox stands still while it is paused or while a copy of its disk is under way. A client may also hold one (`hold`,
+`release`): it counts as still for everybody and is not frozen, since that client stops the machine and drives its VMM;
+the hold ends with its client at the latest. Nothing here blocks the keeper's loop: freezing is asked for and looked at
+in `tick`, a copy runs in a forked child (layers.py). Killing a frozen sandbox thaws it (cgroups.thaw), so that the kill
+is felt. Owns the freezer; never removes anything of a sandbox.
 """
 
 from __future__ import annotations
@@ -37,14 +39,21 @@ class Hold:
     """Process id of a copy -> who waits for it, and its destination."""
     freezing: list[_Wait] = field(default_factory=list)
     thawing: list[tuple[Peer, int]] = field(default_factory=list)
+    holder: Peer | None = None
+    """The client that holds it now."""
+    holding: list[tuple[Peer, int]] = field(default_factory=list)
+    """Clients that want to hold it, in order."""
 
     @property
     def still(self) -> bool:
-        return (
-            self.paused
-            or bool(self.copies)
-            or any(wait.request["op"] == "snapshot" for wait in self.freezing)
-        )
+        return self.frozen or self.holder is not None
+
+    @property
+    def frozen(self) -> bool:
+        """What the freezer is to do."""
+        wanted = self.paused or bool(self.copies)
+        wanted = wanted or any(wait.request["op"] == "snapshot" for wait in self.freezing)
+        return wanted and self.holder is None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -71,16 +80,25 @@ class Holds:
         return any(entry.hold is not None and entry.hold.freezing for entry in self._entries.values())
 
     def handle(self, entry: Entry, peer: Peer, request: dict[str, Any]) -> None:
-        """`pause`, `resume` and `snapshot`."""
+        """`pause`, `resume`, `snapshot`, `hold` and `release`."""
         number = request["id"]
         hold = entry.hold
         if hold is None:
             hold = Hold(freezer=cgroups.Freezer(entry.order["cgroup"]))
-            if not hold.freezer.available:
-                self._answer(peer, {"id": number, "error": {"stage": "freezer", "detail": "no freezer here"}})
-                return
             entry.hold = hold
             self._entries[entry.id] = entry
+        if request["op"] == "hold":
+            hold.holding.append((peer, number))
+            self._next_holder(entry, hold)
+            return
+        if request["op"] == "release":
+            if hold.holder is peer:
+                self._let_go(entry, hold)
+            self._answer(peer, {"id": number})
+            return
+        if not hold.freezer.available and request["op"] != "resume":
+            self._answer(peer, {"id": number, "error": {"stage": "freezer", "detail": "no freezer here"}})
+            return
         if request["op"] == "resume":
             was = hold.paused
             hold.paused = False
@@ -93,6 +111,30 @@ class Holds:
         self._apply(entry, force=True)
         self.tick()
 
+    def peer_gone(self, peer: Peer) -> None:
+        """A client's end is the end of what it held."""
+        for entry in list(self._entries.values()):
+            hold = entry.hold
+            if hold is None:
+                continue
+            hold.holding = [item for item in hold.holding if item[0] is not peer]
+            if hold.holder is peer:
+                self._let_go(entry, hold)
+
+    def _let_go(self, entry: Entry, hold: Hold) -> None:
+        hold.holder = None
+        for wait in hold.freezing:
+            wait.deadline = time.monotonic() + FREEZE_S
+        self._next_holder(entry, hold)
+        self._apply(entry)
+
+    def _next_holder(self, entry: Entry, hold: Hold) -> None:
+        """Copies go first: they need the freezer, which a hold lets go of."""
+        if hold.holder is None and hold.holding and not hold.copies:
+            hold.holder, number = hold.holding.pop(0)
+            self._apply(entry, force=True)
+            self._answer(hold.holder, {"id": number})
+
     def tick(self) -> None:
         """Goes on with whatever has come to a standstill, and gives up on what does not."""
         now = time.monotonic()
@@ -101,7 +143,7 @@ class Holds:
             if hold is None or not hold.freezing:
                 continue
             try:
-                frozen = hold.freezer.frozen()
+                frozen = hold.holder is None and hold.freezer.frozen()
             except OSError:
                 frozen = False
             waits, hold.freezing = hold.freezing, []
@@ -113,7 +155,7 @@ class Holds:
                     self._answer(wait.peer, {"id": wait.request["id"], "paused": True})
                 elif frozen:
                     self._copy(entry, hold, wait)
-                elif now > wait.deadline:
+                elif now > wait.deadline and hold.holder is None:
                     hold.paused = hold.paused and not pausing
                     detail = f"it did not come to a standstill in {FREEZE_S:g} s"
                     self._answer(
@@ -138,6 +180,7 @@ class Holds:
         ):
             report = json.load(file)
         self._answer(peer, {"id": number, **report})
+        self._next_holder(entry, hold)
         self._apply(entry)
         return True
 
@@ -151,11 +194,12 @@ class Holds:
         self._entries.pop(entry.id, None)
         self.abort(entry)
         if entry.hold is not None:
-            numbers = [(wait.peer, wait.request["id"]) for wait in entry.hold.freezing] + entry.hold.thawing
-            for peer, number in numbers:
+            numbers = [(wait.peer, wait.request["id"]) for wait in entry.hold.freezing]
+            for peer, number in [*numbers, *entry.hold.thawing, *entry.hold.holding]:
                 self._answer(peer, {"id": number, "gone": True})
             entry.hold.freezing.clear()
             entry.hold.thawing.clear()
+            entry.hold.holding.clear()
 
     def _apply(self, entry: Entry, *, force: bool = False) -> None:
         """Makes the freezer say what the hold says. force: tell everybody even when nothing changed."""
@@ -163,7 +207,9 @@ class Holds:
         if hold is None or entry.id not in self._entries:
             return
         try:
-            if hold.still:
+            if not hold.freezer.available:
+                pass
+            elif hold.frozen:
                 hold.freezer.freeze()
             else:
                 hold.freezer.thaw()

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from rorqual.sandbox.keeper import cgroups, holds, launch, leases, linux
+from rorqual.sandbox.keeper import cgroups, holds, launch, leases, linux, machine
 from rorqual.sandbox.keeper.removal import remove_tree
 
 MAX_LINE = 4 << 20
@@ -65,6 +65,8 @@ class Entry:
         self.hold: holds.Hold | None = None
         self.stillness = (False, False)
         """(stands still, was paused), as last told to the clients."""
+        self.started: machine.Started | None = None
+        """Of a machine: the pipes of its VMM."""
 
 
 class Keeper:
@@ -116,6 +118,7 @@ class Keeper:
         self.peers.discard(peer)
         self.selector.unregister(peer.sock)
         peer.sock.close()
+        self.holds.peer_gone(peer)
         if peer.owner:
             self.owner_died()
 
@@ -149,6 +152,11 @@ class Keeper:
                     self.owner_died()
                 elif isinstance(key.data, Peer) and key.data in self.peers:
                     self.read(key.data)
+                elif isinstance(key.data, machine.Tail):
+                    if not key.data.read():
+                        self.selector.unregister(key.data.fd)
+                elif isinstance(key.data, Entry):
+                    self.machine_runs(key.data)
             self.holds.tick()
             now = time.monotonic()
             if any(again <= now for again, _ in self.unused.values()):
@@ -222,8 +230,12 @@ class Keeper:
             still = entry_or_none.stillness[0]
             init_pid, expires = entry_or_none.init_pid, entry_or_none.expires
             peer.send({"id": number, "expires": expires, "init_pid": init_pid, "still": still})
-        elif op in ("pause", "resume", "snapshot"):
+        elif op in ("pause", "resume", "snapshot", "hold", "release"):
             self.holds.handle(entry_or_none, peer, request)
+        elif op == "console":
+            started = entry_or_none.started
+            text = started.console.text if started is not None else b""
+            peer.send({"id": number, "console": text.decode("utf-8", "replace")})
         elif op == "abort_snapshot":
             self.holds.abort(entry_or_none)
             peer.send({"id": number})
@@ -244,12 +256,17 @@ class Keeper:
         while self.queue and self.launching < self.limit:
             entry = self.queue.pop(0)
             self.launching += 1
+            is_machine = entry.order.get("kind") == "machine"
             try:
                 channel: socket.socket | None = None
-                if entry.order["cgroup"]:
+                if is_machine:
+                    entry.started = machine.Started()
+                elif entry.order["cgroup"]:
                     entry.channel, channel = socket.socketpair()
                     entry.channel.setblocking(False)
-                if self.idmaps is not None:  # made here, not in the child, so that the next launch finds them
+                if (
+                    self.idmaps is not None and not is_machine
+                ):  # made here, not in the child, so that the next launch finds them
                     for pair in entry.order["idmaps"]:
                         self.idmaps.fd(*pair)
                 pid = os.fork()
@@ -261,10 +278,17 @@ class Keeper:
                 signal.set_wakeup_fd(-1)
                 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGTERM, signal.SIGCHLD):
                     signal.signal(number, signal.SIG_DFL)
+                if entry.started is not None:
+                    machine.run(entry.order, entry.started)
                 launch.run(entry.order, idmaps=self.idmaps, channel=channel)
                 os._exit(70)
             if channel is not None:
                 channel.close()
+            if entry.started is not None:
+                entry.started.forked()
+                self.selector.register(entry.started.exec_read, selectors.EVENT_READ, entry)
+                for tail in (entry.started.console, entry.started.errors):
+                    self.selector.register(tail.fd, selectors.EVENT_READ, tail)
             entry.runtime_pid = pid
             self.by_pid[pid] = entry
 
@@ -287,11 +311,34 @@ class Keeper:
             else:
                 self.finish(entry, status)
 
+    def machine_runs(self, entry: Entry) -> None:
+        """A machine's launcher has become its VMM, or has died: `reap` tells the latter from the former."""
+        assert entry.started is not None
+        ran, pid = entry.started.ran(), entry.runtime_pid
+        if ran is not None:
+            self.selector.unregister(entry.started.exec_read)
+        if not ran or self.by_pid.get(pid) is not entry:
+            return
+        self.launching -= 1
+        entry.runtime_pid, entry.init_pid = 0, pid
+        self.write_record(entry)
+        if entry.asked_cause:
+            self.signal(entry)
+        self.answer_launch(entry)
+        self.start_queued()
+
+    def answer_launch(self, entry: Entry) -> None:
+        if entry.reply is not None:
+            entry.reply[0].send({"id": entry.reply[1], "init_pid": entry.init_pid, "expires": entry.expires})
+            entry.reply = None
+
     def launched(self, entry: Entry, status: int) -> None:
         """The runtime has exited: either the sandbox runs, or it says why not."""
         self.launching -= 1
         entry.runtime_pid = 0
         try:
+            if entry.started is not None:
+                raise OSError(f"it ended before its VMM ran: status {os.waitstatus_to_exitcode(status)}")
             if status:
                 raise OSError(f"exit status {os.waitstatus_to_exitcode(status)}")
             if entry.channel is not None:
@@ -317,18 +364,21 @@ class Keeper:
                 self.write_record(entry)
                 if entry.asked_cause:
                     self.signal(entry)
-                if entry.reply is not None:
-                    entry.reply[0].send(
-                        {"id": entry.reply[1], "init_pid": entry.init_pid, "expires": entry.expires}
-                    )
-                    entry.reply = None
+                self.answer_launch(entry)
         self.start_queued()
 
     def fail(self, entry: Entry, *, stage: str, detail: str) -> None:
+        text = ""
+        if entry.started is not None:
+            entry.started.errors.drain()
+            text = entry.started.errors.text.decode("utf-8", "replace").strip()
         with contextlib.suppress(OSError), open(entry.directory + "/launch.err", encoding="utf-8") as file:
             text = file.read(8192).strip()
-            detail = text.splitlines()[-1] if text else detail
-        if not stage:
+        detail = text.splitlines()[-1] if text else detail
+        if not stage and entry.started is not None:
+            head, _, rest = detail.partition(": ")
+            stage, detail = (head, rest) if head in machine.STAGES else ("vmm", detail)
+        elif not stage:
             head, colon, rest = detail.partition(": ")
             stage, detail = (
                 (head, rest) if colon and "time=" not in head and len(head) < 20 else ("runtime", detail)
@@ -404,6 +454,11 @@ class Keeper:
             entry.disk = None
         path = entry.order["cgroup"]
         cause, detail = entry.asked_cause, entry.asked_detail
+        if entry.started is not None:
+            killed = bool(path) and cgroups.OomCounter(path).read() > 0
+            said = self.close_machine(entry.started)
+            if not cause:
+                cause, detail = machine.verdict(status, console=said[0], errors=said[1], oom_killed=killed)
         if not cause:
             code = os.waitstatus_to_exitcode(status)
             if code == -signal.SIGKILL and path and cgroups.OomCounter(path).read():
@@ -436,6 +491,18 @@ class Keeper:
             peer.send({"id": number, "cause": cause, "detail": detail})
         for peer in self.peers:
             peer.send({"event": "ended", "sandbox": entry.id, "cause": cause, "detail": detail})
+
+    def close_machine(self, started: machine.Started) -> tuple[bytes, bytes]:
+        """Reads what a dead VMM has left in its pipes and closes them: the console's and its own last words."""
+        for tail in (started.console, started.errors):
+            tail.drain()
+            with contextlib.suppress(KeyError):
+                self.selector.unregister(tail.fd)
+            tail.close()
+        with contextlib.suppress(KeyError):
+            self.selector.unregister(started.exec_read)
+        os.close(started.exec_read)
+        return started.console.text, started.errors.text
 
 
 def children() -> list[int]:
