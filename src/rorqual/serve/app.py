@@ -14,8 +14,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 
 from rorqual import __version__
+from rorqual._openapi_page import documentation_page
 from rorqual.serve.anthropic_paths import add_anthropic
-from rorqual.serve.documentation import documentation_page
 from rorqual.serve.errors import ServeError
 from rorqual.serve.failures import add_error_handlers
 from rorqual.serve.guard import Guard
