@@ -12,7 +12,7 @@ import asyncio
 import errno
 import posixpath
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
@@ -308,7 +308,7 @@ class GuestClient:
             raise GuestFileError(errno.EFBIG, path, call="read without limit")
         return bytes(data)
 
-    async def read_pieces(self, path: str, *, offset: int, limit: int) -> AsyncIterator[bytes]:
+    async def read_pieces(self, path: str, *, offset: int, limit: int) -> AsyncGenerator[bytes, None]:
         """At most `limit` bytes of one opened file, from `offset`, as they come. Raises GuestFileError."""
         got = handle = 0
         try:
