@@ -32,6 +32,7 @@ CLIENTS = {
     "openai-agents, responses": (["openai-agents"], "openai-agents", "openai_agents_loop", "responses"),
     "openai-agents, chat": (["openai-agents"], "openai-agents", "openai_agents_loop", "chat"),
     "smolagents": (["smolagents[openai]"], "smolagents", "smolagents_loop", ""),
+    "mini-swe-agent": (["mini-swe-agent", "mcp"], "mini-swe-agent", "mini_swe_agent_loop", ""),
     "deepagents": (["deepagents", "langchain-openai"], "deepagents", "deepagents_loop", ""),
 }
 
