@@ -1,0 +1,165 @@
+"""An emulated host whose KVM works: QEMU's TCG emulates AMD SVM, so a Firecracker inside boots a guest of its own.
+
+Nothing here is faked, all of it is slow: figures from in there are not figures of a machine. The host runs one command
+as root, in a root of its own (root.py) with the project laid over it at its own path, shows its output line by line as
+it comes, and ends. Recipe: spec/sandbox.md section 9.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rorqual.sandbox.machines.kernel import Kernel
+
+MODULES = ("virtio_pci", "virtio_blk", "virtio_rng", "erofs", "overlay", "kvm_amd", "tun")
+DONE = "nested: exit "
+INIT = """#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+for m in $(cat /modules/order); do insmod /modules/$m; done
+mkdir -p /lower /rw /root
+mount -t erofs -o ro /dev/vda /lower || exec halt -f
+mount -t tmpfs -o mode=755 rw /rw; mkdir -p /rw/upper /rw/work
+mount -t overlay -o lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work overlay /root
+for d in proc sys dev; do mount --move /$d /root/$d; done
+mkdir -p /root/dev/pts /root/dev/shm; mount -t devpts -o ptmxmode=666 pts /root/dev/pts
+mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
+for d in run tmp dev/shm; do mount -t tmpfs -o mode=1777 tmpfs /root/$d; done
+cp -a /job/. /root/
+ip link set lo up; hostname nested-host
+exec switch_root /root /bin/sh /nested-command
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ran:
+    """How the command ended."""
+
+    exit_code: int | None
+    """None: the emulated host died first, or its time was up."""
+    output: str
+    console: str
+    """What its kernel said."""
+    seconds: float
+
+
+def run(
+    command: Sequence[str],
+    *,
+    kernel: Kernel,
+    root: Path,
+    files: Mapping[str, Path],
+    envs: Mapping[str, str],
+    cwd: str,
+    work: Path,
+    timeout: float,
+    show: Callable[[str], None] = lambda line: None,
+) -> Ran:
+    """Boots, runs `command`, and returns when it has ended. files: target inside -> file or directory here.
+
+    work: an empty directory. show: gets each line of output.
+    """
+    job = work / "job"
+    for target, source in files.items():
+        place = job / target.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, place, symlinks=True, dirs_exist_ok=True)
+        else:
+            shutil.copy2(source, place)
+    (job / "nested-command").write_text(script(command, envs=envs, cwd=cwd))
+    initrd = work / "initrd"
+    build_initrd(initrd, job=job, kernel=kernel, work=work)
+    console = work / "console"
+    machine = subprocess.Popen(
+        [
+            *("nice", "-n", "5", "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi"),
+            *("-cpu", "max,+svm", "-smp", "2", "-m", "2048", "-nodefaults", "-no-reboot", "-display", "none"),
+            *("-kernel", str(kernel.bzimage), "-initrd", str(initrd)),
+            *("-append", "console=ttyS0 panic=-1 quiet loglevel=4 mitigations=off"),
+            *("-serial", f"file:{console}", "-serial", "stdio"),
+            *("-drive", f"if=none,id=root,format=raw,readonly=on,file={root}", "-device", "virtio-blk-pci,drive=root"),
+            *("-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    start = time.monotonic()
+    lines: list[str] = []
+    code: int | None = None
+    try:
+        assert machine.stdout is not None
+        for line in follow(machine, until=start + timeout):
+            if line.startswith(DONE):
+                code = int(line.removeprefix(DONE))
+            else:
+                lines.append(line)
+                show(line)
+        if code is not None:
+            machine.wait(timeout=20)
+    finally:
+        machine.kill()
+        machine.wait()
+        assert machine.stdout is not None
+        machine.stdout.close()
+    said = console.read_text(errors="replace") if console.exists() else ""
+    return Ran(exit_code=code, output="\n".join(lines), console=said, seconds=time.monotonic() - start)
+
+
+def follow(machine: subprocess.Popen[bytes], *, until: float) -> Iterator[str]:
+    """Lines of its second serial port, until it ends or time is up."""
+    assert machine.stdout is not None
+    held = b""
+    poll = select.poll()
+    poll.register(machine.stdout, select.POLLIN)
+    while time.monotonic() < until:
+        if not poll.poll(500):
+            continue
+        data = os.read(machine.stdout.fileno(), 1 << 16)
+        held += data
+        *whole, held = held.split(b"\n")
+        for line in whole:
+            yield line.decode("utf-8", "replace").rstrip("\r")
+        if not data:
+            return
+
+
+def script(command: Sequence[str], *, envs: Mapping[str, str], cwd: str) -> str:
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in envs.items())
+    return f"""{exports}cd {shlex.quote(cwd)}
+{shlex.join(command)} > /dev/ttyS1 2>&1 < /dev/null
+echo "{DONE}$?" > /dev/ttyS1
+echo o > /proc/sysrq-trigger; while :; do :; done
+"""
+
+
+def build_initrd(target: Path, *, job: Path, kernel: Kernel, work: Path) -> None:
+    """busybox, the modules in the order of their dependencies, and the job, as one cpio archive."""
+    tree = work / "initrd-tree"
+    for name in ("bin", "proc", "sys", "dev", "modules"):
+        (tree / name).mkdir(parents=True)
+    busybox = shutil.which("busybox")
+    assert busybox is not None, "apt-get install busybox-static"
+    shutil.copy2(busybox, tree / "bin/busybox")
+    order = kernel.closure(MODULES)
+    for path in order:
+        shutil.copy2(path, tree / "modules" / path.name)
+    (tree / "modules/order").write_text("\n".join(path.name for path in order))
+    (tree / "init").write_text(INIT)
+    (tree / "init").chmod(0o755)
+    job.rename(tree / "job")
+    names = subprocess.run(["find", "."], cwd=tree, capture_output=True, check=True).stdout
+    with target.open("wb") as file:
+        subprocess.run(
+            ["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=names, stdout=file, check=True
+        )
