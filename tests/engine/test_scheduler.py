@@ -273,3 +273,81 @@ def test_an_engine_that_is_restarted_goes_on_from_its_store(engine, prompt, tmp_
     assert second.prefixes.statistics().hit_tokens == 256
     assert again == _alone(engine, long, _params(1)) and said
     second.close()
+
+
+def test_prompts_take_turns_and_a_short_one_does_not_wait_for_a_long_one(engine, prompt):
+    fresh = Engine(engine.model, prefill_chunk=32)
+    batch = Batch(fresh)
+    batch.add({0: prompt(400)}, {0: _params(0, 2)})
+    batch.step()
+    batch.add({1: prompt(30, seed=1)}, {1: _params(1, 1)})
+    steps = 0
+    while not any(event.key == 1 for event in batch.step()):
+        steps += 1
+    assert steps <= 1
+    assert _drain(batch)[0] == _alone(engine, prompt(400), _params(0, 2))
+
+
+def test_a_conversation_feeds_what_is_new_alone(engine, prompt, monkeypatch):
+    fresh = Engine(engine.model, prefill_chunk=64)
+    batch = Batch(fresh, prefixes=True, frontiers=True)
+    ids, cached = prompt(77), []
+    for turn in range(4):
+        key = 10 + turn
+        batch.add({key: ids}, {key: _params(key, 7)}, keep_at={key: (40, len(ids) - 1)})
+        out = _drain(batch)[key]
+        assert out == _alone(engine, ids, _params(key, 7))
+        cached.append((batch.found(key).match.tokens, len(ids)))
+        batch.remove(key)
+        ids = [*ids, *out, *prompt(30, seed=turn)]
+    # All but the last sampled token, which was never fed.
+    assert [tokens for tokens, _ in cached[1:]] == [length + 6 for _, length in cached[:-1]]
+    match = fresh.prefixes.match
+    assert match([*prompt(77)[:40], 96, 95]).tokens == 40  # the head that others share
+    assert match([*prompt(77), 96]).tokens == 76  # a retry, or another answer
+    fresh.prefixes.check_integrity()
+    fresh.pool.check_integrity([fresh.prefixes.held_pages()], slabs=[])
+
+
+def test_what_a_row_will_begin_at_is_not_evicted_while_it_waits(engine, prompt):
+    fresh = Engine(engine.model, prefill_chunk=32, max_running=1)
+    for seed in (1, 2):
+        with fresh.begin(prompt(260, seed=seed)) as sequence:
+            sequence.append(prompt(260, seed=seed))
+            fresh.keep(sequence)
+    batch = Batch(fresh)
+    batch.add({0: prompt(200)}, {0: _params(0, 1)})
+    batch.add({1: prompt(260, seed=1)}, {1: _params(1, 1)})
+    batch.step()
+    fresh.prefixes.evict(1 << 40)
+    assert fresh.prefixes.match(prompt(260, seed=2)).known == 0
+    assert fresh.prefixes.match(prompt(260, seed=1)).known == 256
+    _drain(batch)
+    assert batch.found(1).match.tokens == 256
+    for key in (0, 1):
+        batch.remove(key)
+    fresh.prefixes.evict(1 << 40)
+    assert fresh.prefixes.pages == 0  # nothing stays pinned
+    batch.add({2: prompt(260)}, {2: _params(2, 1)})
+    batch.abandon()
+    assert len(batch) == 0 and fresh.pool.used_bytes == 0
+
+
+def test_a_long_prompt_is_kept_on_the_way(engine, prompt, tmp_path):
+    fresh = Engine(engine.model, prefill_chunk=64, store=tmp_path, unit_tokens=128)
+    batch = Batch(fresh)
+    batch.add({0: prompt(500)}, {0: _params(0, 1)})
+    while fresh.store.depth(prompt(500)) < 256:
+        assert not batch.step()
+    batch.abandon()  # as if killed
+    fresh.store.close()
+    with pytest.raises(ValueError, match="unit_tokens is 100, expected a multiple of 128"):
+        Engine(engine.model, unit_tokens=100)
+    again = Engine(engine.model, prefill_chunk=64, store=tmp_path)
+    batch = Batch(again)
+    batch.add({0: prompt(500)}, {0: _params(0, 3)})
+    got = _drain(batch)
+    assert batch.found(0).match.tokens == batch.found(0).from_disk == 256
+    assert got == {0: _alone(engine, prompt(500), _params(0, 3))}
+    batch.remove(0)
+    again.close()

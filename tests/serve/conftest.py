@@ -98,6 +98,7 @@ class Running:
 def running(engine, tokenizer, *, script=None, **options):
     config = ServeConfig(model_name="tiny", **options)
     metrics = Metrics("tiny")
+    engine.prefixes.clear()  # the engine is shared by all tests, what they asked is not
     rows = {} if script is None else {"make_rows": scripted_rows(script)}
     scheduler = Scheduler(engine, config, metrics, **rows)
     service = Service(engine, tokenizer, config, scheduler=scheduler, metrics=metrics)

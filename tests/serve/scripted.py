@@ -1,4 +1,4 @@
-"""Rows that run the real model, states and caches, but write what a script says instead of what was sampled.
+"""Rows that run the real model and caches, but write what a script says instead of what was sampled.
 
 For the shapes a random model cannot produce: calls, reasoning, a clean end.
 """
@@ -17,18 +17,18 @@ def scripted_rows(script: Script) -> Callable[[Engine], Batch]:
 
 class ScriptedRows(Batch):
     def __init__(self, engine: Engine, script: Script) -> None:
-        super().__init__(engine, prefixes=False)
+        super().__init__(engine, prefixes=True, frontiers=True)
         self.script = script
         self.prompts: list[list[int]] = []
         self._lines: dict[int, list[int]] = {}
 
-    def adopt(self, key, sequence, *, next_id, params, **options):
-        super().adopt(key, sequence, next_id=next_id, params=params, **options)
-        prompt = [*sequence.token_ids, next_id]
-        self.prompts.append(prompt)
-        line = self.script(prompt)
-        if line is not None:
-            self._lines[key] = list(line)
+    def add(self, prompts, params, **options):
+        super().add(prompts, params, **options)
+        for key, prompt in prompts.items():
+            self.prompts.append(list(prompt))
+            line = self.script(list(prompt))
+            if line is not None:
+                self._lines[key] = list(line)
 
     def step(self):
         return [self._rewritten(event) for event in super().step()]

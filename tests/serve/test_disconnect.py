@@ -9,8 +9,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3000}
-RAW = {"model": "tiny", "prompt": "x", "max_tokens": 3000}
+CHAT = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "Look into the box, and tell."}],
+    "max_tokens": 3000,
+}
+RAW = {"model": "tiny", "prompt": "Look into the box, and tell.", "max_tokens": 3000}
 
 
 def until(condition):
@@ -51,20 +55,25 @@ def endless(serve):
 def test_a_client_that_goes_away_frees_its_row(endless, path, body):
     scheduler = endless.service.scheduler
     with asking(endless, path, body):
-        until(lambda: any(len(job.answer.ids) > 10 for job in list(scheduler._decoding.values())))
+        until(lambda: any(len(job.answer.ids) > 10 for job in list(scheduler._running.values())))
     until(lambda: scheduler.held == 0 and len(scheduler._rows) == 0 and scheduler._reserved == 0)
-    until(lambda: len(scheduler.prefixes) == 1)
+    # What was computed is a prefix to the token, the part of the answer included; a retry feeds one token.
+    prompt = scheduler._rows.prompts[0]
+    assert scheduler.engine.prefixes.match([*prompt, *[40] * 4000]).tokens > len(prompt) + 9
+    with endless.openai() as client:
+        again = client.completions.create(model="tiny", prompt=prompt, max_tokens=1)
+    assert again.usage.prompt_tokens_details.cached_tokens == len(prompt) - 1
 
 
 def test_queued_clients_that_go_away(endless):
     scheduler = endless.service.scheduler
     with asking(endless, "/v1/chat/completions", {**CHAT, "stream": True}):
-        until(lambda: scheduler._decoding)
+        until(lambda: scheduler._running)
         for body in (CHAT, {**CHAT, "stream": True}):
             with asking(endless, "/v1/chat/completions", body):
                 until(lambda: scheduler._waiting == 1)
             until(lambda: scheduler._waiting == 0)
-        assert len(scheduler._decoding) == 1
+        assert len(scheduler._running) == 1
     until(lambda: scheduler.held == 0)
     with endless.http() as http:
         assert 'rorqual:requests_aborted_total{model_name="tiny"} 3.0' in http.get("/metrics").text

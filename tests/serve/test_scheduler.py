@@ -2,11 +2,13 @@
 
 import threading
 
+import numpy as np
 import pytest
 
-from rorqual.engine import SamplingParams
+from rorqual.engine import Allowed, CacheFull, SamplingParams
 from rorqual.serve import BadRequest, ContextTooLong, EngineFailed, Overloaded, ServeConfig, ShuttingDown
 from rorqual.serve.answer import RawAnswer
+from rorqual.serve.cache_report import cache_report
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.scheduler import Job, Scheduler
 
@@ -33,6 +35,7 @@ class Ear:
 @pytest.fixture
 def scheduler(engine):
     made = []
+    engine.prefixes.clear()
 
     def make(start=True, make_rows=None, **options):
         rows = {} if make_rows is None else {"make_rows": make_rows}
@@ -72,7 +75,7 @@ def wait(job):
 def test_an_answer_does_not_depend_on_its_company(scheduler, job, engine):
     prompts = [[0, *range(20, 20 + length)] for length in (1, 5, 70, 130, 40)]
     jobs = [job(prompt, temperature=1.0, max_tokens=12) for prompt in prompts]
-    together = scheduler(cache_bytes=0)
+    together = scheduler()
     for one in jobs:
         together.submit(one)
     for one in jobs:
@@ -176,7 +179,7 @@ def test_memory_is_reserved_for_the_longest_answer(scheduler, job):
     running = []
     one = scheduler(kv_bytes=int(1.5 * need.need_bytes))
     jobs = [
-        job(need.prompt, max_tokens=200, ear=Ear(on_token=lambda: running.append(len(one._decoding))))
+        job(need.prompt, max_tokens=200, ear=Ear(on_token=lambda: running.append(len(one._running))))
         for _ in range(3)
     ]
     for each in jobs:
@@ -235,3 +238,86 @@ def test_going_down_is_said(scheduler, job):
     one.close()
     one.close()
     assert not one.alive
+
+
+def test_a_guide_decides_what_may_be_drawn_and_its_failure_is_its_own(scheduler, job, engine, caplog):
+    words = -(-engine.config.vocab_size // 32)
+
+    def only(token):
+        def guide(_):
+            bits = np.zeros(words, dtype=np.uint32)
+            bits[token // 32] |= np.uint32(1 << token % 32)
+            return Allowed(bits=bits)
+
+        return guide
+
+    def broken(token):
+        if token is not None:
+            raise KeyError("no such rule")
+        return None
+
+    one = scheduler()
+    prompt = [0, *range(20, 60)]
+    free, forced, failed = job(prompt), job(prompt, guide=only(45)), job(prompt, guide=broken)
+    nothing = job(prompt, guide=lambda token: Allowed(bits=np.zeros(words, dtype=np.uint32)))
+    for each in (free, forced, failed, nothing):
+        one.submit(each)
+    assert wait(forced).answer.ids == [45] * 8
+    assert "no such rule" in str(wait(failed).listener.error)
+    assert "allows no token" in str(wait(nothing).listener.error)
+    assert wait(free).listener.error is None and one.held == 0 and one._reserved == 0
+
+
+def test_what_others_ask_of_the_engine_is_done_between_steps(scheduler, job):
+    one = scheduler()
+    names = one.call(lambda: threading.current_thread().name).result(60)
+    assert names == "rorqual-engine"
+    with pytest.raises(ZeroDivisionError):
+        one.call(lambda: 1 // 0).result(60)
+    assert wait_for(one, job([0, *range(20, 40)])).listener.error is None
+    one.close()
+    with pytest.raises(ShuttingDown):
+        one.call(lambda: None)
+
+
+def wait_for(scheduler, job):
+    scheduler.submit(job)
+    return wait(job)
+
+
+def test_one_that_does_not_fit_fails_alone(scheduler, job, engine):
+    class Tight(ScriptedRows):
+        def step(self):
+            if 0 in self._rows and self._rows[0].length:
+                raise CacheFull("sequence 0: no room", need=1, limit=1, key=0)
+            return super().step()
+
+    one = scheduler(make_rows=lambda engine: Tight(engine, lambda prompt: None))
+    first, second = job([0, *range(20, 60)]), job([0, *range(30, 60)])
+    one.submit(first)
+    one.submit(second)
+    assert "no room" in str(wait(first).listener.error)
+    assert wait(second).listener.error is None
+
+
+def test_a_report_says_what_was_found_and_where_the_prompt_leaves_it(scheduler, job, tokenizer):
+    one = scheduler()
+    user = tokenizer.token_id("<｜User｜>")
+    prompt = [0, *range(20, 90), user, *range(100, 200)]
+    first = wait_for(one, job(prompt))
+    report = cache_report(first.found, prompt, tokenizer)
+    assert (report["tier"], report["reason"], report["cached_tokens"]) == ("none", "empty", 0)
+    again = wait_for(one, job([*prompt, 250, 251]))
+    assert cache_report(again.found, again.prompt, tokenizer)["reason"] in ("hit", "diverged")
+    edited = [*prompt[:150], 99, *prompt[151:]]
+    third = wait_for(one, job(edited))
+    report = cache_report(third.found, edited, tokenizer)
+    assert (report["tier"], report["reason"], report["cached_tokens"]) == ("ram", "diverged", 128)
+    where = report["first_divergence"]
+    assert (where["token"], where["role"]) == (150, "user")
+    assert where["char"] == len(tokenizer.decode(edited[:150])) and len(where["excerpt_hash"]) == 16
+    system = wait_for(one, job([*prompt[:10], 99, *prompt[11:]]))
+    assert cache_report(system.found, system.prompt, tokenizer)["first_divergence"]["role"] == "system"
+    one.engine.prefixes.evict(1 << 40)
+    gone = wait_for(one, job(prompt))
+    assert cache_report(gone.found, prompt, tokenizer)["reason"] == "evicted"

@@ -1,59 +1,9 @@
-"""PrefixStore and ReplayStore: longest match, exact comparison, bounds, holders of keys apart."""
+"""ReplayStore: exact comparison, bounds, holders of keys apart."""
 
 import pytest
 
 from rorqual.chat import ToolCall
-from rorqual.serve.prefixes import PrefixStore, state_bytes
 from rorqual.serve.replay import Record, ReplayStore, canonical_calls, prompt_digest
-
-IDS = [5, 6, 7, 8] * 10
-
-
-def test_the_longest_kept_prefix_is_found(engine):
-    store = PrefixStore(1 << 30)
-    for length in (10, 20, 30):
-        store.put("a", engine.open(IDS[:length]))
-    assert store.longest("a", IDS).token_ids == IDS[:30]
-    assert store.longest("a", IDS[:30]).token_ids == IDS[:20]  # one token must be left to feed
-    assert store.longest("a", [*IDS[:25], 99, 99, 99, 99, 99, 99]).token_ids == IDS[:20]
-    assert store.longest("a", [99, *IDS]) is None
-    assert store.longest("b", IDS) is None
-
-
-def test_a_found_state_is_a_copy(engine):
-    store = PrefixStore(1 << 30)
-    store.put("a", engine.open(IDS[:16]))
-    first = store.longest("a", IDS)
-    first.append([50, 51, 52])
-    second = store.longest("a", IDS)
-    assert second.token_ids == IDS[:16]
-    second.append(IDS[16:20])
-    fresh = engine.open(IDS[:20])
-    assert (second.logits - fresh.logits).abs().max() < 1e-4
-
-
-def test_the_least_recently_used_goes_first(engine):
-    one = state_bytes(engine.open([1] * 20))
-    store = PrefixStore(int(2.5 * one))
-    for first in (1, 2):
-        store.put("a", engine.open([first] * 20))
-    assert store.longest("a", [1] * 21) is not None
-    store.put("a", engine.open([3] * 20))
-    assert len(store) == 2 and store.held_bytes <= store.limit_bytes and store.evictions == 1
-    assert store.longest("a", [2] * 21) is None and store.longest("a", [1] * 21) is not None
-    assert PrefixStore(0).longest("a", IDS) is None
-
-
-def test_nothing_is_kept_without_room_nor_twice(engine):
-    store = PrefixStore(0)
-    store.put("a", engine.open(IDS))
-    assert len(store) == 0
-    store = PrefixStore(1 << 30)
-    store.put("a", engine.open(IDS))
-    held = store.held_bytes
-    store.put("a", engine.open(IDS))
-    store.put("a", engine.open(IDS[:3]))  # too short to be worth it
-    assert len(store) == 1 and store.held_bytes == held
 
 
 def record(**fields):

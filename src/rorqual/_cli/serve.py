@@ -58,9 +58,6 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Requests in the engine at once.", min=1)] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more get 429.", min=1)] = 256,
     kv_mb: Annotated[int, typer.Option(help="Cache of all running requests, in MiB.", min=1)] = 2048,
-    cache_mb: Annotated[
-        int, typer.Option(help="States kept for the next turn, in MiB; 0 keeps none.", min=0)
-    ] = 256,
     cache_format: Annotated[
         str,
         typer.Option(
@@ -95,7 +92,6 @@ def serve(
             max_running=max_running,
             max_waiting=max_waiting,
             kv_bytes=kv_mb << 20,
-            cache_bytes=cache_mb << 20,
             keep_alive_seconds=keep_alive_seconds,
             drain_seconds=drain_seconds,
             max_body_bytes=max_body_mb << 20,
@@ -173,7 +169,5 @@ def open_service(directory: Path, config: ServeConfig, *, cache_format: CacheFor
     """The model of a directory, ready to be served. Raises CliError naming what is missing or damaged."""
     from rorqual.serve import Service
 
-    # A quarter more than is promised: snapshots and half-filled pages; what is not touched costs nothing.
-    kv_bytes = (config.kv_bytes + config.cache_bytes) * 5 // 4
-    engine, tokenizer = open_model_dir(directory, kv_bytes=kv_bytes, cache_format=cache_format)
+    engine, tokenizer = open_model_dir(directory, kv_bytes=config.kv_bytes, cache_format=cache_format)
     return Service(engine, tokenizer, config)

@@ -1,6 +1,6 @@
 """Engine: generation with a V4 model: cached, streamed, one sequence or many. Needs 'rorqual[model]'."""
 
-from rorqual.engine.batch import Batch, BatchEvent
+from rorqual.engine.batch import Batch, BatchEvent, BatchFound
 from rorqual.engine.engine import Engine, FinishReason, KVUsage, SequenceState, TokenEvent
 from rorqual.engine.errors import CacheFull, ContextOverflow, EngineError, PromptError, SequenceFileError
 from rorqual.engine.sampler import Allowed, SamplingParams, TokenGuide
@@ -10,6 +10,7 @@ __all__ = [
     "Allowed",
     "Batch",
     "BatchEvent",
+    "BatchFound",
     "CacheFull",
     "ContextOverflow",
     "Engine",

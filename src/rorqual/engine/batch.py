@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from rorqual.engine.engine import Engine, FinishReason, SequenceState
 from rorqual.engine.errors import EngineError
+from rorqual.engine.prefix import Match
 from rorqual.engine.sampler import SamplingParams, TokenGuide
 from rorqual.engine.scheduler import Row, Scheduler
 
-__all__ = ["Batch", "BatchEvent"]
+__all__ = ["Batch", "BatchEvent", "BatchFound"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +30,28 @@ class BatchEvent:
     finish_reason: FinishReason | None
 
 
+@dataclass(frozen=True, slots=True)
+class BatchFound:
+    """The cached prefix that a row began at."""
+
+    match: Match
+    from_disk: int
+    """Tokens of it that only the disk had."""
+
+
 class Batch:
     """Sequences by caller-chosen integer keys. Not thread-safe.
 
     `prefixes`: begin at prefixes the engine has cached, and leave new ones behind. None: where the runner's results
-    do not depend on it to the bit.
+    do not depend on it to the bit. `frontiers`: keep prefixes to the token, also where a turn ends inside a page, so
+    that the next turn feeds what is new alone (else at most 127 tokens more).
     """
 
-    def __init__(self, engine: Engine, *, prefixes: bool | None = None) -> None:
+    def __init__(self, engine: Engine, *, prefixes: bool | None = None, frontiers: bool = False) -> None:
         self.engine = engine
         wanted = engine.runner.batch_invariant if prefixes is None else prefixes
-        self._scheduler = Scheduler(engine, prefixes=wanted and engine.prefixes is not None)
+        wanted = wanted and engine.prefixes is not None
+        self._scheduler = Scheduler(engine, prefixes=wanted, frontiers=frontiers)
         self._rows = self._scheduler.rows
 
     def __len__(self) -> int:
@@ -63,12 +75,13 @@ class Batch:
         priority: int = 0,
         space: str = "",
         guides: Mapping[int, TokenGuide] | None = None,
+        keep_at: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """Adds sequences; the next steps feed their prompts (equal ones once), then sample.
 
         priority: higher goes first. space: whose cached prefixes they may use. guides: by key, what says before each
-        draw which tokens may be drawn; it must allow one, and not raise. Raises PromptError, ContextOverflow; then
-        none was added.
+        draw which tokens may be drawn; it must allow one, and not raise. keep_at: by key, lengths of the prompt's
+        prefixes that are worth keeping to the token. Raises PromptError, ContextOverflow; then none was added.
         """
         self.engine.refresh()
         for key, prompt in prompts.items():
@@ -78,6 +91,7 @@ class Batch:
         leaders: dict[tuple[int, ...], Row] = {}
         for key, prompt in prompts.items():
             row = Row(key, params[key], 0, deque(int(i) for i in prompt), priority=priority, space=space)
+            row.keep_at = tuple(sorted(keep_at.get(key, ()))) if keep_at is not None else ()
             row.guide = guides.get(key) if guides is not None else None
             if row.guide is not None:
                 row.allowed = row.guide(None)
@@ -115,6 +129,11 @@ class Batch:
         there is no room to bring it back (it stays in the batch)."""
         return SequenceState(self.engine, self._scheduler.take(key))
 
+    def found(self, key: int) -> BatchFound | None:
+        """What a row began at; None before its first step."""
+        row = self._rows[key]
+        return None if row.found is None else BatchFound(row.found, row.from_disk)
+
     def feed(self, key: int, ids: Sequence[int], params: SamplingParams) -> None:
         """Continues a waiting sequence: feeds `ids`, then samples anew. Raises PromptError, ContextOverflow."""
         row = self._rows[key]
@@ -128,9 +147,14 @@ class Batch:
         """Forgets a sequence, in the middle of whatever it does; its memory is free at once."""
         self._scheduler.remove(key)
 
+    def abandon(self) -> None:
+        """Forgets every sequence, keeping nothing of what a failed step may have left half done."""
+        self._scheduler.abandon()
+
     def step(self) -> list[BatchEvent]:
         """One call of the runner; returns what was sampled (nothing while prompts are fed). Rows that finish wait for
-        `feed` or `remove`. Raises CacheFull when one sequence alone does not fit the cache (it waits then)."""
+        `feed` or `remove`. Raises CacheFull when one sequence alone does not fit the cache (it waits then; the error's
+        `key` names it)."""
         limit = self.engine.config.max_position_embeddings
         events, ended = [], []
         for drawn in self._scheduler.step():

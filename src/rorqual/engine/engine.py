@@ -28,7 +28,7 @@ from rorqual.engine.errors import (
 from rorqual.engine.layout import PAGE_TOKENS, CacheFormat, CacheLayout
 from rorqual.engine.native_runner import NativeRunner, native_runner
 from rorqual.engine.pool import PagePool
-from rorqual.engine.prefix import PrefixTree
+from rorqual.engine.prefix import Match, PrefixTree
 from rorqual.engine.runner import Runner
 from rorqual.engine.sampler import SamplingParams, sample
 from rorqual.engine.sequence import PagedSequence, Paging
@@ -72,6 +72,16 @@ class KVUsage:
     """Of these, filled by the tokens so far: `cost.kv_bytes` in the packed format."""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A sequence that begins with what was cached."""
+
+    sequence: PagedSequence
+    match: Match
+    from_disk: int
+    """Tokens of it that only the disk had."""
+
+
 class Engine:
     """Generates with a model: a `Model`, the directory of one, or packed `Weights` (native path only).
 
@@ -82,7 +92,8 @@ class Engine:
     restart needs beside the pages. runner: `auto`, or `torch` for the reference path. drafts: how many tokens the MTP
     head may draft at a time in `generate` (0: none); the output is the same to the bit (speculative.py).
     expert_bytes: keep a directory's weights packed and mapped, and at most so many bytes of routed experts in memory,
-    read when needed: for models larger than memory (native path only).
+    read when needed: for models larger than memory (native path only). unit_tokens: a batch keeps what it is fed as a
+    prefix, on disk too, whenever it has passed a multiple of this (of 128 itself), not only at the end.
 
     Raises ConfigError or CheckpointError when a directory cannot be loaded, SequenceFileError when `store` cannot be
     used, EngineError when packed weights have no native library to run them.
@@ -102,6 +113,7 @@ class Engine:
         runner: Literal["auto", "torch"] = "auto",
         drafts: int = 0,
         expert_bytes: int | None = None,
+        unit_tokens: int = 8192,
     ) -> None:
         self._opened: PackedWeights | None = None
         if isinstance(model, str | Path):
@@ -116,6 +128,9 @@ class Engine:
         self._model = model.eval() if isinstance(model, Model) else None
         self.weights: Weights = ModelWeights(model) if isinstance(model, Model) else model
         self.kv_bytes, self.prefill_chunk, self.max_running = kv_bytes, prefill_chunk, max_running
+        if unit_tokens < 1 or unit_tokens % PAGE_TOKENS:
+            raise ValueError(f"unit_tokens is {unit_tokens}, expected a multiple of {PAGE_TOKENS}")
+        self.unit_tokens = unit_tokens
         self._last: SequenceState | None = None
         self._fingerprint: bytes | None = None
         self._epoch: int | None = None
@@ -214,19 +229,24 @@ class Engine:
 
     def begin(self, ids: Sequence[int], *, space: str = "") -> PagedSequence:
         """A sequence that holds the longest cached prefix of `ids`, at most all but the last token. CacheFull."""
-        if self.prefixes is None:
-            return PagedSequence(self.paging)
-        if self.store is not None:
-            self._load_prefix(ids, space)
-        return self.prefixes.open(self.paging, ids, space=space)[0]
+        return self.find(ids, space=space).sequence
 
-    def _load_prefix(self, ids: Sequence[int], space: str) -> None:
-        """Brings what only the disk knows of `ids` into the prefix tree."""
+    def find(self, ids: Sequence[int], *, space: str = "") -> Found:
+        """As `begin`, with what was found and where. Raises CacheFull."""
+        if self.prefixes is None:
+            return Found(PagedSequence(self.paging), Match(tokens=0, replay=0, known=0, reason="off"), 0)
+        loaded = self._load_prefix(ids, space) if self.store is not None else 0
+        sequence, match = self.prefixes.open(self.paging, ids, space=space)
+        return Found(sequence, match, min(loaded, match.tokens))
+
+    def _load_prefix(self, ids: Sequence[int], space: str) -> int:
+        """Brings what only the disk knows of `ids` into the prefix tree; returns how many tokens that was."""
         assert self.prefixes is not None and self.store is not None
         deep = self.store.depth(ids, space=space)
         if deep <= self.prefixes.match(ids, space=space).known:
-            return
-        known = self.prefixes.pin(ids, space=space)  # making room must not take what the new pages hang on
+            return 0
+        pin = self.prefixes.pin(ids, space=space)  # making room must not take what the new pages hang on
+        known = pin.tokens // PAGE_TOKENS * PAGE_TOKENS
         try:
             pages, snapshots = self.store.load(ids[:deep], pool=self.pool, skip=known, space=space)
             try:
@@ -235,17 +255,32 @@ class Engine:
                 whole = known + len(pages) * PAGE_TOKENS
                 behind = [-1] * (known // PAGE_TOKENS)  # there already
                 self.prefixes.insert_pages(ids[:whole], [*behind, *pages], snapshots=snapshots, space=space)
+                return whole - known
             finally:
                 self.pool.drop_pages(pages)
         except CacheFull as error:
             log.info("a prefix on disk is not used: %s", error)
+            return 0
         finally:
-            self.prefixes.unpin(ids[:known], space=space)
+            self.prefixes.unpin(pin)
 
-    def keep(self, sequence: PagedSequence, *, space: str = "") -> None:
-        """Makes what `sequence` holds a prefix for others, in memory and on disk. A disk that refuses is told once."""
+    def keep(
+        self,
+        sequence: PagedSequence,
+        *,
+        space: str = "",
+        frontiers: Sequence[int] = (),
+        warm: bool = False,
+    ) -> None:
+        """Makes what `sequence` holds a prefix for others, in memory and on disk. A disk that refuses is told once.
+
+        frontiers: positions at or just behind its head to be kept to the token, in memory. warm: a conversation came
+        back for it (prefix.py).
+        """
         if self.prefixes is not None:
-            self.prefixes.insert(sequence, space=space)
+            self.prefixes.insert(sequence, space=space, warm=warm)
+            for at in frontiers:
+                self.prefixes.insert_frontier(sequence, at=at, space=space, warm=warm)
         if self.store is not None:
             try:
                 self.store.put(

@@ -23,9 +23,10 @@ class PromptError(EngineError):
 class CacheFull(EngineError):
     """The pool has no room; nothing was changed. Close sequences, or give the engine more kv_bytes."""
 
-    def __init__(self, message: str, *, need: int, limit: int) -> None:
+    def __init__(self, message: str, *, need: int, limit: int, key: int | None = None) -> None:
+        """key: of the batch's row that could go no further; None outside of a batch."""
         super().__init__(message)
-        self.need, self.limit = need, limit
+        self.need, self.limit, self.key = need, limit, key
 
 
 class ContextOverflow(EngineError):

@@ -207,10 +207,15 @@ class PagePool:
         with self._lock:
             if self._references[page] == 1:
                 return page
+        copy = self.copy_page(page)
+        self.drop_pages([page])
+        return copy
+
+    def copy_page(self, page: int) -> int:
+        """A page of its own that holds what `page` does. Raises CacheFull."""
         (copy,) = self.take_pages(1)
         for source, target in zip(self._parts(page), self._parts(copy), strict=True):
             target[:] = source
-        self.drop_pages([page])
         return copy
 
     def _give_back(self, freed: NDArray[np.int64]) -> None:

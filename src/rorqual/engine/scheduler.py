@@ -1,10 +1,12 @@
 """Scheduler: continuous batching: which sequences a step advances, by how many tokens, and who makes room for whom.
 
 Every decoding row brings its one token; rows with more to feed (prompts, tool results) share a budget of
-`prefill_chunk` tokens a step, so that a long prompt delays the others by a chunk, never by itself. Precedence is
-priority, then arrival. When the pool is full and no unused prefix can go, the row of least precedence is preempted:
-spilled exactly, and resumed when there is room; waiting rows (whose caller is busy) go first. Equal prompts that
-arrive together are fed once.                                                               (spec/engines.md 7)
+`prefill_chunk` tokens a step and take turns at it, so that a long prompt delays the others by a chunk, never by
+itself. What was fed is kept as a prefix where the caller asked for it, at the end of a turn, and every `unit_tokens`;
+what a row will begin at is pinned from the moment it comes in. Precedence at memory is priority, then arrival: when
+the pool is full and no unused prefix can go, the row of least precedence is preempted: spilled exactly, and resumed
+when there is room; waiting rows (whose caller is busy) go first. Equal prompts that arrive together are fed once.
+                                                                                            (spec/engines.md 7)
 Owns rows and their order. What a token means is the caller's matter; bytes are the pool's.
 """
 
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from rorqual.engine.errors import CacheFull
+from rorqual.engine.prefix import Match, Pin
 from rorqual.engine.sampler import Allowed, SamplingParams, TokenGuide, sample
 from rorqual.engine.sequence import PagedSequence
 from rorqual.engine.spill import Spilled
@@ -54,6 +57,20 @@ class Row:
     """Says before each draw what may be drawn."""
     allowed: Allowed | None = None
     """What `guide` said of the next draw."""
+    keep_at: tuple[int, ...] = ()
+    """Positions, ascending, that are worth keeping to the token."""
+    pin: Pin | None = None
+    """What it will begin at, kept from eviction until then."""
+    found: Match | None = None
+    """What it began at."""
+    from_disk: int = 0
+    """Tokens of that which only the disk had."""
+    warm: bool = False
+    """At least half of its prompt was cached: a conversation that goes on."""
+    turn: int = 0
+    """The step in which it was last fed of its prompt."""
+    kept: int = -1
+    """Its length when it was last kept."""
     leader: Row | None = None
     """Feeds the same prompt: this row waits, and starts as its fork."""
     sampled: int = 0
@@ -66,6 +83,14 @@ class Row:
         if self.sequence is not None:
             return self.sequence.length
         return len(self.spilled.token_ids) if self.spilled is not None else 0
+
+    def bounded(self, count: int, *, slack: int) -> int:
+        """At most `count` tokens to feed, so that the head can still reach the next position to be kept."""
+        end = self.length + count
+        for mark in self.keep_at:
+            if self.length < mark and mark + slack < end:
+                return mark - self.length
+        return count
 
     @property
     def precedence(self) -> tuple[int, int]:
@@ -85,14 +110,15 @@ class Drawn:
 class Scheduler:
     """Rows over one engine's pool. Not thread-safe.
 
-    `prefixes`: whether rows begin at cached prefixes and leave theirs behind.
+    `prefixes`: whether rows begin at cached prefixes and leave theirs behind. `frontiers`: to the token, also where a
+    turn ends inside a page.
     """
 
-    def __init__(self, engine: Engine, *, prefixes: bool) -> None:
-        self.engine, self.prefixes = engine, prefixes
+    def __init__(self, engine: Engine, *, prefixes: bool, frontiers: bool = False) -> None:
+        self.engine, self.prefixes, self.frontiers = engine, prefixes, frontiers
         self.rows: dict[int, Row] = {}
         self.preemptions = 0
-        self._orders = 0
+        self._orders = self._steps = 0
 
     # --- rows come and go
 
@@ -100,17 +126,31 @@ class Scheduler:
         """Takes a row in. Its order of arrival is set here."""
         assert row.key not in self.rows
         row.order, self._orders = self._orders, self._orders + 1
+        row.turn = self._steps
+        if self.prefixes and row.sequence is None and self.engine.prefixes is not None:
+            row.pin = self.engine.prefixes.pin(list(row.pending), space=row.space)
         self.rows[row.key] = row
 
     def remove(self, key: int) -> None:
         """Lets a row go, whatever it is doing; its memory is free at once, its prefix stays cached."""
         row = self.rows.pop(key)
         self._disband(row)
+        self._unpin(row)
         if row.sequence is not None:
             self._keep(row)
             row.sequence.close()
         if row.spilled is not None:
             self.engine.spills.drop(row.spilled)
+
+    def abandon(self) -> None:
+        """Lets every row go and keeps nothing of them."""
+        for row in self.rows.values():
+            self._unpin(row)
+            if row.sequence is not None:
+                row.sequence.close()
+            if row.spilled is not None:
+                self.engine.spills.drop(row.spilled)
+        self.rows.clear()
 
     def take(self, key: int) -> PagedSequence:
         """Lets a row go and returns its sequence, brought back if it was spilled. Raises CacheFull."""
@@ -127,8 +167,24 @@ class Scheduler:
             other.leader = followers[0] if other is not followers[0] else None
 
     def _keep(self, row: Row) -> None:
-        if self.prefixes and row.sequence is not None:
-            self.engine.keep(row.sequence, space=row.space)
+        if not self.prefixes or row.sequence is None or row.kept == row.length:
+            return
+        row.kept = row.length
+        frontiers = (row.length,) if self.frontiers else ()
+        self.engine.keep(row.sequence, space=row.space, frontiers=frontiers, warm=row.warm)
+
+    def _keep_on_the_way(self, row: Row, before: int) -> None:
+        """After a call: positions that the row has passed, and the end of a unit."""
+        assert row.sequence is not None
+        unit = self.engine.unit_tokens
+        marks = [mark for mark in row.keep_at if before < mark <= row.length]
+        if self.prefixes and (marks or row.length // unit > before // unit):
+            self.engine.keep(row.sequence, space=row.space, frontiers=marks, warm=row.warm)
+
+    def _unpin(self, row: Row) -> None:
+        if row.pin is not None and self.engine.prefixes is not None:
+            self.engine.prefixes.unpin(row.pin)
+        row.pin = None
 
     # --- a step
 
@@ -157,9 +213,11 @@ class Scheduler:
         number = 0
         for row, ids in calls:
             assert row.sequence is not None
+            before = row.length
             row.sequence.advance(ids)
             for _ in ids:
                 row.pending.popleft()
+            self._keep_on_the_way(row, before)
             if not row.pending:
                 for other in (row, *self._start_followers(row)):
                     drawing.append(other)
@@ -196,6 +254,8 @@ class Scheduler:
                 row.sequence = leader.sequence.fork()
             except CacheFull:
                 continue
+            self._unpin(row)
+            row.found, row.from_disk, row.warm = leader.found, leader.from_disk, leader.warm
             row.pending.clear()
             started.append(row)
         return started
@@ -204,25 +264,32 @@ class Scheduler:
         """Rows of this step, in the pool and with pages for the tokens they bring."""
         ready = [row for row in self.rows.values() if not row.waiting and row.pending and row.leader is None]
         ready.sort(key=lambda row: row.precedence)
+        self._steps += 1
         budget = self.engine.prefill_chunk
         calls: list[tuple[Row, list[int]]] = []
         chosen: set[Row] = set()
-        for row in ready[: self.engine.max_running]:
+        refused: Row | None = None
+        for row in _in_turn(ready[: self.engine.max_running]):
             if budget <= 0 and len(row.pending) > 1:
                 continue
+            if refused is not None and row.precedence > refused.precedence:
+                continue  # it has less right to the memory than one that found none
             try:
                 ids = self._admit(row, budget, chosen)
             except CacheFull as error:
                 if not calls and row is ready[0]:
                     row.waiting = True
                     raise CacheFull(
-                        f"sequence {row.key}: {error}", need=error.need, limit=error.limit
+                        f"sequence {row.key}: {error}", need=error.need, limit=error.limit, key=row.key
                     ) from error
-                break  # whoever comes later has less right to the memory
+                refused = row
+                continue
             if ids:
                 calls.append((row, ids))
                 chosen.add(row)
-                budget -= len(ids) if len(ids) > 1 else 0
+                if len(ids) > 1:
+                    budget -= len(ids)
+                    row.turn = self._steps
         return calls
 
     def _admit(self, row: Row, budget: int, chosen: set[Row]) -> list[int]:
@@ -233,6 +300,7 @@ class Scheduler:
         sequence = row.sequence
         assert sequence is not None
         count = sequence.chunk(min(len(row.pending), budget)) if len(row.pending) > 1 else 1
+        count = row.bounded(count, slack=sequence.layout.slack)
         self._with_room(row, chosen, lambda: sequence.reserve(count))
         return list(itertools.islice(row.pending, count))
 
@@ -247,7 +315,10 @@ class Scheduler:
                 row.pending.extendleft(reversed(spilled.token_ids))
         elif self.prefixes:
             ids = list(row.pending)
-            row.sequence = self._with_room(row, chosen, lambda: engine.begin(ids, space=row.space))
+            found = self._with_room(row, chosen, lambda: engine.find(ids, space=row.space))
+            self._unpin(row)
+            row.sequence, row.found, row.from_disk = found.sequence, found.match, found.from_disk
+            row.warm = 2 * row.sequence.length >= len(ids)
             for _ in range(row.sequence.length):
                 row.pending.popleft()
         else:
@@ -291,3 +362,10 @@ class Scheduler:
         for row in rows:
             row.waiting = True
             self._keep(row)
+
+
+def _in_turn(ready: Sequence[Row]) -> list[Row]:
+    """Decoding rows by precedence, then those with more to feed, by priority and who was fed longest ago."""
+    decoding = [row for row in ready if len(row.pending) == 1]
+    feeding = [row for row in ready if len(row.pending) > 1]
+    return decoding + sorted(feeding, key=lambda row: (-row.priority, row.turn, row.order))

@@ -200,6 +200,13 @@ class PagedSequence:
                 return
             self.snapshots[position] = taken
 
+    def snapshot_at(self, position: int) -> Snapshot:
+        """A snapshot of a position that the head moves back to at no cost."""
+        assert self.floor <= position <= self.length
+        if self.length < self._low:
+            self._restore(self.length)
+        return Snapshot.take(self.layout, self.pool.slab(self.slab), position)
+
     def freeze(self) -> Snapshot:
         """A snapshot of right here, page boundary or not: what a spill or a file needs beside the pages."""
         if self.length < self._low:

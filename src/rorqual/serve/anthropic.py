@@ -28,7 +28,7 @@ from rorqual.serve.anthropic_schemas import (
 from rorqual.serve.conversation import Conversation, ToolChoice, effort_level
 from rorqual.serve.errors import BadRequest, ServeError
 from rorqual.serve.replay import ReplayStore, reasoning_signature
-from rorqual.serve.wire import Counts, named_sse, parse_report
+from rorqual.serve.wire import Counts, extension, named_sse
 
 __all__ = ["MessagesWriter", "anthropic_error", "messages_conversation"]
 
@@ -181,7 +181,7 @@ class MessagesWriter:
         return {
             **self._message(content, _usage(counts)),
             **_stop(answer),
-            **parse_report(message.diagnostics),
+            **extension(counts, message.diagnostics),
         }
 
     def opening(self, counts: Counts) -> Sequence[Mapping[str, Any]]:
@@ -216,7 +216,7 @@ class MessagesWriter:
         """See `Writer`."""
         out: list[Mapping[str, Any]] = []
         self._end(out)
-        report = parse_report(answer.message.diagnostics)
+        report = extension(counts, answer.message.diagnostics)
         out.append({"type": "message_delta", "delta": _stop(answer), "usage": _usage(counts), **report})
         out.append({"type": "message_stop"})
         return out

@@ -24,9 +24,8 @@ class ServeConfig:
     max_waiting: int = 256
     """Requests in the queue; the next one gets 429."""
     kv_bytes: int = 2 << 30
-    """Cache of all running requests, as projected for their longest possible answers."""
-    cache_bytes: int = 256 << 20
-    """States kept of prompts and answers, so that the next turn continues them. 0: none."""
+    """Cache of all running requests, as projected for their longest possible answers; what they do not use of it
+    keeps prefixes. At most the engine's own."""
     replay_bytes: int = 64 << 20
     """Token ids kept of answers, so that a history is given back exactly as it was sampled. 0: none."""
     keep_alive_seconds: float = 10.0
@@ -52,7 +51,6 @@ class ServeConfig:
             ("max_running", 1),
             ("max_waiting", 1),
             ("kv_bytes", 1),
-            ("cache_bytes", 0),
             ("replay_bytes", 0),
             ("drain_seconds", 0),
             ("response_bytes", 0),

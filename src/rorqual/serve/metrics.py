@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from rorqual.engine import BatchFound
+
 __all__ = ["Metrics"]
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -30,11 +32,21 @@ class Metrics:
         )
         self.queue_time = self._histogram("vllm:request_queue_time_seconds", "Time in the queue.")
         self.latency = self._histogram("vllm:e2e_request_latency_seconds", "Submission to last token.")
-        self.kept_bytes = self._gauge("rorqual:prefix_cache_bytes", "Bytes of kept states.")
-        self.kept_states = self._gauge("rorqual:prefix_cache_states", "Kept states.")
+        self.kept_bytes = self._gauge("rorqual:prefix_cache_bytes", "Bytes of kept prefixes.")
+        self.kept_pages = self._gauge("rorqual:prefix_cache_pages", "Pages of kept prefixes.")
+        self.disk_hits = self._counter("rorqual:prefix_cache_disk_hits", "Prompt tokens read from disk.")
+        self.replayed_tokens = self._counter(
+            "rorqual:prefix_cache_replayed", "Found tokens that were computed again for their windows."
+        )
         self.replayed = self._counter("rorqual:replayed_turns", "Earlier answers given back as sampled.")
         self.reasoning_lost = self._counter(
             "rorqual:reasoning_lost", "Earlier calls whose reasoning nobody had any more."
+        )
+        self._found = Counter(
+            "rorqual:prefix_lookups",
+            "Prompts by what the cache knew of them; the reasons are those of x_v4.cache.",
+            ["model_name", "reason"],
+            registry=self._registry,
         )
         self._finished = Counter(
             "vllm:request_success",
@@ -71,6 +83,13 @@ class Metrics:
         return Histogram(name, text, ["model_name"], registry=self._registry, buckets=SECONDS).labels(
             self._model
         )
+
+    def found(self, found: BatchFound, reason: str) -> None:
+        """A prompt was looked up."""
+        self.prefix_hits.inc(found.match.tokens)
+        self.disk_hits.inc(found.from_disk)
+        self.replayed_tokens.inc(found.match.replay)
+        self._found.labels(self._model, reason).inc()
 
     def finished(self, reason: str) -> None:
         """A request got its last token."""

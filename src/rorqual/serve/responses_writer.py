@@ -16,7 +16,7 @@ from rorqual.serve.answer import ChatAnswer
 from rorqual.serve.errors import ServeError
 from rorqual.serve.responses import pack_reasoning
 from rorqual.serve.responses_schemas import NamedTool, ResponsesRequest
-from rorqual.serve.wire import KEEP_ALIVE, Counts, named_sse, parse_report
+from rorqual.serve.wire import KEEP_ALIVE, Counts, extension, named_sse
 
 __all__ = ["ResponsesWriter"]
 
@@ -224,7 +224,7 @@ class ResponsesWriter:
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "completed_at": None if cut else float(int(time.time())),
             "usage": _usage(counts),
-            **parse_report(message.diagnostics),
+            **extension(counts, message.diagnostics),
         }
 
     def _response(self, status: str, output: Sequence[Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Scheduler: one thread that owns the engine; requests join and leave between steps.
 
-A turn of the loop: let go of cancelled requests, admit from the queue, prefill one chunk's worth of tokens, decode
-one token of every running row. So a long prompt delays the others by a chunk, never by itself. The queue is bounded,
-and fair between the holders of keys: they take turns. Owns rows, kept prefixes and budgets; what a token means is
-the `Answer`'s matter, and who hears of it the `Listener`'s.
+A turn of the loop: let go of cancelled requests, do what others asked of the cache, admit from the queue, one step
+of the engine's batch, which feeds prompts by chunks beside the others' decodes. The queue is bounded, and fair
+between the holders of keys: they take turns. Owns the queue, the admission and who hears of what; rows, prefixes and
+memory are the engine's. What a token means is the `Answer`'s matter.
 """
 
 from __future__ import annotations
@@ -14,12 +14,24 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from rorqual import chat
-from rorqual.engine import Batch, Engine, EngineError, SamplingParams, SequenceState
+from rorqual.engine import (
+    Allowed,
+    Batch,
+    BatchEvent,
+    BatchFound,
+    CacheFull,
+    Engine,
+    EngineError,
+    SamplingParams,
+    TokenGuide,
+)
 from rorqual.serve.answer import Answer
+from rorqual.serve.cache_report import cache_reason
 from rorqual.serve.config import ServeConfig
 from rorqual.serve.errors import (
     BadRequest,
@@ -30,11 +42,12 @@ from rorqual.serve.errors import (
     ShuttingDown,
 )
 from rorqual.serve.metrics import Metrics
-from rorqual.serve.prefixes import PrefixStore
 
 __all__ = ["Job", "Listener", "Scheduler"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Listener(Protocol):
@@ -60,10 +73,15 @@ class Job:
     listener: Listener
     keep_at: tuple[int, ...] = ()
     """Lengths of prefixes of the prompt that are worth keeping."""
+    guide: TokenGuide | None = None
+    """Says before each draw which tokens may be drawn; called in the scheduler's thread. One that raises fails its
+    job alone."""
     on_finish: Callable[[], None] | None = None
     """Called before the last event goes out."""
-    cached_tokens: int = 0
-    """Prompt tokens that a kept prefix spared."""
+    found: BatchFound | None = None
+    """The cached prefix it began at; None before its first step."""
+    fault: Exception | None = None
+    """What its guide raised."""
     need_bytes: int = 0
     """Cache of prompt and longest possible answer."""
     submitted: float = 0.0
@@ -72,8 +90,11 @@ class Job:
     cancelled: bool = False
     key: int = -1
     """Of its row."""
-    sequence: SequenceState | None = field(default=None, repr=False)
-    """While it is prefilled."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that a kept prefix spared."""
+        return 0 if self.found is None else self.found.match.tokens
 
 
 class Scheduler:
@@ -89,15 +110,15 @@ class Scheduler:
     ) -> None:
         self.engine = engine
         self.config = config
-        self.prefixes = PrefixStore(config.cache_bytes)
+        self._kv_bytes = min(config.kv_bytes, engine.kv_bytes)
         self._metrics = metrics
         self._make_rows = make_rows or _rows
         self._rows = self._make_rows(engine)
         self._condition = threading.Condition()
         self._queues: OrderedDict[str, deque[Job]] = OrderedDict()
         self._waiting = 0
-        self._prefilling: deque[Job] = deque()
-        self._decoding: dict[int, Job] = {}
+        self._running: dict[int, Job] = {}
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._next_key = 0
         self._reserved = 0
         self._mean_seconds = 1.0
@@ -124,7 +145,7 @@ class Scheduler:
     @property
     def held(self) -> int:
         """Requests in queue and engine."""
-        return self._waiting + len(self._prefilling) + len(self._decoding)
+        return self._waiting + len(self._running)
 
     def check_room(self) -> None:
         """Raises Overloaded or ShuttingDown if a request would be refused now."""
@@ -157,10 +178,10 @@ class Scheduler:
             raise BadRequest(f"token id {bad} is outside the vocabulary (0 to {vocab - 1})", param=param)
         allowed = max_tokens or room
         need = self.engine.predicted_bytes(len(prompt) + allowed)
-        if need > min(self.config.kv_bytes, self.engine.kv_bytes):
+        if need > self._kv_bytes:
             raise ContextTooLong(
                 f"{len(prompt)} prompt tokens and {allowed} for the answer need {need} bytes of cache, "
-                f"the server has {min(self.config.kv_bytes, self.engine.kv_bytes)}: ask for fewer tokens",
+                f"the server has {self._kv_bytes}: ask for fewer tokens",
                 prompt_tokens=len(prompt),
                 max_tokens=allowed,
                 limit=limit,
@@ -184,6 +205,16 @@ class Scheduler:
         with self._condition:
             job.cancelled = True
             self._condition.notify()
+
+    def call(self, act: Callable[[], T]) -> Future[T]:
+        """Runs `act` between two steps, in the thread that owns the engine. Raises ShuttingDown when it has ended."""
+        future: Future[T] = Future()
+        with self._condition:
+            if self._closing or not self.alive:
+                raise ShuttingDown("the server is shutting down")
+            self._calls.append((act, future))
+            self._condition.notify()
+        return future
 
     def drain(self) -> None:
         """Refuses new requests from now on; held ones go on."""
@@ -221,7 +252,7 @@ class Scheduler:
 
     def _turn(self) -> bool:
         with self._condition:
-            while not (self._closing or self._abort or self.held):
+            while not (self._closing or self._abort or self.held or self._calls):
                 self._condition.wait()
             if self._closing:
                 return False
@@ -229,9 +260,11 @@ class Scheduler:
                 self._fail_all(self._abort)
                 self._abort = None
             self._drop_cancelled()
+            calls, self._calls = self._calls, deque()
             self._admit()
-        self._prefill()
-        self._decode()
+        for act, future in calls:
+            _answer(act, future)
+        self._step()
         self._gauges()
         return True
 
@@ -242,22 +275,16 @@ class Scheduler:
                 queue.remove(job)
                 self._waiting -= 1
                 self._metrics.aborted()
-        for job in [job for job in self._prefilling if job.cancelled]:
-            self._prefilling.remove(job)
-            assert job.sequence is not None
-            self.prefixes.put(job.tenant, job.sequence)  # a retry goes on from here
-            self._leave(job)
-            self._metrics.aborted()
-        for job in [job for job in self._decoding.values() if job.cancelled]:
-            self._release(job)
+        for job in [job for job in self._running.values() if job.cancelled]:
+            self._release(job)  # what was computed stays a prefix: a retry goes on from there
             self._metrics.aborted()
 
     def _admit(self) -> None:
-        while self._waiting and len(self._prefilling) + len(self._decoding) < self.config.max_running:
+        while self._waiting and len(self._running) < self.config.max_running:
             tenant = next(name for name, queue in self._queues.items() if queue)
             queue = self._queues[tenant]
             job = queue[0]
-            if self._reserved and self._reserved + job.need_bytes > self.config.kv_bytes:
+            if self._reserved and self._reserved + job.need_bytes > self._kv_bytes:
                 return  # it is its turn: nobody overtakes it, so that it cannot starve
             queue.popleft()
             del self._queues[tenant]
@@ -269,74 +296,75 @@ class Scheduler:
             self._metrics.prompt_tokens.inc(len(job.prompt))
             self._metrics.prefix_queries.inc(len(job.prompt))
             try:
-                job.sequence = self.prefixes.longest(job.tenant, job.prompt)
-                if job.sequence is None:
-                    job.sequence = SequenceState(self.engine)
+                self._begin(job)
             except EngineError as error:
-                self._leave(job)
-                self._fail(job, _failure(error))
-                continue
-            job.cached_tokens = job.sequence.length
-            self._metrics.prefix_hits.inc(job.cached_tokens)
-            self._prefilling.append(job)
-
-    def _prefill(self) -> None:
-        """Feeds prompts up to one chunk of tokens in all; they take turns when one is longer."""
-        budget = self.engine.prefill_chunk
-        while self._prefilling and budget > 0:
-            job = self._prefilling.popleft()
-            try:
-                budget -= self._prefill_one(job, budget)
-            except Exception as error:  # the boundary: whatever the engine raises is this request's failure
-                self._leave(job)
+                self._reserved -= job.need_bytes
                 self._fail(job, _failure(error))
 
-    def _prefill_one(self, job: Job, budget: int) -> int:
-        sequence, target = job.sequence, len(job.prompt) - 1
-        assert sequence is not None
-        start = sequence.length
-        stops = [length for length in job.keep_at if start < length <= target]
-        end = min([start + budget, target, *stops])
-        if end > start:
-            sequence.append(job.prompt[start:end])
-        if end in job.keep_at and not self.prefixes.holds(job.tenant, sequence.token_ids):
-            self.prefixes.put(job.tenant, sequence.fork())
-        if end < target:
-            self._prefilling.append(job)
-        else:
-            job.key, self._next_key = self._next_key, self._next_key + 1
-            self._rows.adopt(job.key, sequence, next_id=job.prompt[-1], params=job.params)
-            job.sequence = None
-            self._decoding[job.key] = job
-        return max(end - start, 1)
+    def _begin(self, job: Job) -> None:
+        key, self._next_key = self._next_key, self._next_key + 1
+        guides = {} if job.guide is None else {key: _guarded(job, job.guide)}
+        self._rows.add(
+            {key: job.prompt},
+            {key: job.params},
+            space=job.tenant,
+            guides=guides,
+            keep_at={key: job.keep_at},
+        )
+        job.key = key
+        self._running[key] = job
 
-    def _decode(self) -> None:
-        if not self._decoding:
+    def _step(self) -> None:
+        if not self._running:
             return
         try:
             events = self._rows.step()
-        except Exception as error:  # the boundary: a step that raised leaves no row usable
-            failure = _failure(error)
-            jobs, self._decoding = list(self._decoding.values()), {}
-            self._rows = self._make_rows(self.engine)
-            for job in jobs:
-                self._leave(job)
-                self._fail(job, failure)
+        except CacheFull as error:
+            if error.key is None:
+                self._lose_all(error)
+                return
+            job = self._running[error.key]  # it alone does not fit; the others can go on
+            self._release(job)
+            self._fail(job, _failure(error))
             return
+        except Exception as error:  # the boundary: a step that raised leaves no row usable
+            self._lose_all(error)
+            return
+        self._note_found()
         now = time.monotonic()
         self._metrics.generation_tokens.inc(len(events))
         for event in events:
-            job = self._decoding[event.key]
-            if job.last_token:
-                self._metrics.inter_token.observe(now - job.last_token)
-            else:
-                self._metrics.first_token.observe(now - job.submitted)
-            job.last_token = now
-            said = job.answer.push(event.token_id, event.finish_reason)
-            if job.answer.finished:
-                self._finish(job, said)
-            elif said:
-                job.listener.on_events(said)
+            self._hear(self._running[event.key], event, now)
+
+    def _note_found(self) -> None:
+        for job in self._running.values():
+            if job.found is None and (found := self._rows.found(job.key)) is not None:
+                job.found = found
+                self._metrics.found(found, cache_reason(found))
+
+    def _hear(self, job: Job, event: BatchEvent, now: float) -> None:
+        if job.fault is not None:
+            self._release(job)
+            self._fail(job, _failure(job.fault))
+            return
+        if job.last_token:
+            self._metrics.inter_token.observe(now - job.last_token)
+        else:
+            self._metrics.first_token.observe(now - job.submitted)
+        job.last_token = now
+        said = job.answer.push(event.token_id, event.finish_reason)
+        if job.answer.finished:
+            self._finish(job, said)
+        elif said:
+            job.listener.on_events(said)
+
+    def _lose_all(self, error: Exception) -> None:
+        jobs, self._running = list(self._running.values()), {}
+        self._rows.abandon()
+        self._rows = self._make_rows(self.engine)
+        for job in jobs:
+            self._reserved -= job.need_bytes
+            self._fail(job, _failure(error))
 
     def _finish(self, job: Job, said: Sequence[chat.Event]) -> None:
         self._release(job)
@@ -349,20 +377,19 @@ class Scheduler:
         job.listener.on_events(said)
 
     def _release(self, job: Job) -> None:
-        """Takes the job's row out and keeps its state: whoever continues the answer, or retries, goes on from it."""
-        del self._decoding[job.key]
-        self.prefixes.put(job.tenant, self._rows.release(job.key))
-        self._leave(job)
-
-    def _leave(self, job: Job) -> None:
+        """Takes the job's row out; what it holds is a prefix now: whoever continues or retries goes on from it."""
+        del self._running[job.key]
+        self._rows.remove(job.key)
         self._reserved -= job.need_bytes
-        job.sequence = None
 
     def _fail_all(self, error: ServeError) -> None:
-        jobs = [*self._decoding.values(), *self._prefilling, *(j for q in self._queues.values() for j in q)]
-        self._decoding, self._rows = {}, self._make_rows(self.engine)
-        self._prefilling.clear()
+        jobs = [*self._running.values(), *(j for q in self._queues.values() for j in q)]
+        self._running = {}
+        self._rows.abandon()
         self._queues.clear()
+        for _, future in self._calls:
+            future.set_exception(error)
+        self._calls.clear()
         self._waiting = self._reserved = 0
         for job in jobs:
             self._fail(job, error)
@@ -374,14 +401,40 @@ class Scheduler:
 
     def _gauges(self) -> None:
         self._metrics.waiting.set(self._waiting)
-        self._metrics.running.set(len(self._prefilling) + len(self._decoding))
-        self._metrics.kv_usage.set(self._reserved / self.config.kv_bytes)
-        self._metrics.kept_bytes.set(self.prefixes.held_bytes)
-        self._metrics.kept_states.set(len(self.prefixes))
+        self._metrics.running.set(len(self._running))
+        self._metrics.kv_usage.set(self._reserved / self._kv_bytes)
+        if self.engine.prefixes is not None:
+            self._metrics.kept_bytes.set(self.engine.prefixes.held_bytes)
+            self._metrics.kept_pages.set(self.engine.prefixes.pages)
 
 
 def _rows(engine: Engine) -> Batch:
-    return Batch(engine, prefixes=False)  # this room keeps prefixes itself, apart for each holder of a key
+    return Batch(engine, prefixes=True, frontiers=True)
+
+
+def _answer(act: Callable[[], Any], future: Future[Any]) -> None:
+    try:
+        future.set_result(act())
+    except Exception as error:  # the boundary: whoever asked hears of it
+        future.set_exception(error)
+
+
+def _guarded(job: Job, guide: TokenGuide) -> TokenGuide:
+    """The guide, whose failure is its job's alone."""
+
+    def asked(token: int | None) -> Allowed | None:
+        if job.fault is not None:
+            return None
+        try:
+            allowed = guide(token)
+            if allowed is not None and allowed.bits is not None and not allowed.bits.any():
+                raise ValueError("the guide allows no token")
+        except Exception as error:  # the boundary: a guide is the request's own
+            job.fault = error
+            return None
+        return allowed
+
+    return asked
 
 
 def _failure(error: Exception) -> ServeError:

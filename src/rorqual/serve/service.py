@@ -19,6 +19,7 @@ from fastapi.responses import Response
 from rorqual.chat import Tokenizer, TokenizerError
 from rorqual.engine import Engine, SamplingParams
 from rorqual.serve.answer import Answer, ChatAnswer, RawAnswer
+from rorqual.serve.cache_report import cache_report
 from rorqual.serve.config import ServeConfig
 from rorqual.serve.conversation import THINK_END, Conversation, Prompt, build_prompt
 from rorqual.serve.errors import BadRequest, NotFound
@@ -286,6 +287,7 @@ class Service:
             completion=len(answer.ids),
             cached=job.cached_tokens,
             reasoning=answer.reasoning_tokens if isinstance(answer, ChatAnswer) else None,
+            cache=None if job.found is None else cache_report(job.found, job.prompt, self.tokenizer),
         )
 
     def _remember(self, tenant: str, prompt: list[int], answer: ChatAnswer) -> None:

@@ -1,7 +1,7 @@
 """Wire: what a protocol's writer is, and the one of OpenAI's chat and completions. Owns their fields that go out.
 
 Reasoning goes out as `reasoning_content` and as `reasoning`, cached tokens in OpenAI's and in DeepSeek's fields
-(spec/agent_and_serving.md 1.3, encoding.md 5.1). What the parser repaired is in `x_v4.parse`.
+(spec/agent_and_serving.md 1.3, encoding.md 5.1). What is ours alone is in `x_v4`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = [
     "Counts",
     "RawWriter",
     "Writer",
+    "extension",
     "json_bytes",
     "named_sse",
-    "parse_report",
     "sse",
     "usage",
 ]
@@ -60,6 +60,8 @@ class Counts:
     cached: int
     reasoning: int | None = None
     """None where there can be none."""
+    cache: Mapping[str, Any] | None = None
+    """`x_v4.cache`: what was found of the prompt. None until that is known."""
 
 
 class Writer(Protocol):
@@ -110,11 +112,14 @@ def usage(counts: Counts) -> dict[str, Any]:
     return out
 
 
-def parse_report(diagnostics: Sequence[chat.Diagnostic]) -> dict[str, Any]:
-    """`x_v4.parse`, if there is something to say."""
-    if not diagnostics:
-        return {}
-    return {"x_v4": {"parse": [{"kind": one.kind, "detail": one.detail} for one in diagnostics]}}
+def extension(counts: Counts, diagnostics: Sequence[chat.Diagnostic] = ()) -> dict[str, Any]:
+    """`x_v4`: `parse`, what the parser repaired, if it did; `cache`, what was found of the prompt and why not more."""
+    out: dict[str, Any] = {}
+    if diagnostics:
+        out["parse"] = [{"kind": one.kind, "detail": one.detail} for one in diagnostics]
+    if counts.cache is not None:
+        out["cache"] = dict(counts.cache)
+    return {"x_v4": out} if out else {}
 
 
 class _OpenAIStream:
@@ -152,7 +157,7 @@ class ChatWriter(_OpenAIStream):
             said["tool_calls"] = calls
         choice = {"index": 0, "message": said, "finish_reason": answer.finish_reason, "logprobs": None}
         head = {"id": self.id, "object": "chat.completion", "created": self.created, "model": self.model}
-        return {**head, "choices": [choice], "usage": usage(counts), **parse_report(message.diagnostics)}
+        return {**head, "choices": [choice], "usage": usage(counts), **extension(counts, message.diagnostics)}
 
     def opening(self, counts: Counts) -> list[dict[str, Any]]:
         """See `Writer`."""
@@ -164,7 +169,7 @@ class ChatWriter(_OpenAIStream):
 
     def closing(self, answer: ChatAnswer, counts: Counts) -> list[dict[str, Any]]:
         """See `Writer`."""
-        out = [{**self._chunk({}, answer.finish_reason), **parse_report(answer.message.diagnostics)}]
+        out = [{**self._chunk({}, answer.finish_reason), **extension(counts, answer.message.diagnostics)}]
         if self.include_usage:
             out.append({**self._chunk({}), "choices": [], "usage": usage(counts)})
         return out
@@ -206,7 +211,8 @@ class RawWriter(_OpenAIStream):
 
     def whole(self, answer: RawAnswer, counts: Counts) -> dict[str, Any]:
         """See `Writer`."""
-        return {**self._chunk(answer.text, answer.finish_reason), "usage": usage(counts)}
+        whole = self._chunk(answer.text, answer.finish_reason)
+        return {**whole, "usage": usage(counts), **extension(counts)}
 
     def opening(self, counts: Counts) -> list[dict[str, Any]]:
         """There is no first chunk here."""
@@ -218,7 +224,7 @@ class RawWriter(_OpenAIStream):
 
     def closing(self, answer: RawAnswer, counts: Counts) -> list[dict[str, Any]]:
         """See `Writer`."""
-        out = [self._streamed("", answer.finish_reason)]
+        out = [{**self._streamed("", answer.finish_reason), **extension(counts)}]
         if self.include_usage:
             out.append({**self._streamed("", None), "choices": [], "usage": usage(counts)})
         return out
