@@ -137,6 +137,11 @@ class Module:
             lines += [f"    {line}" for line in self.body(item, owner, returns, decorators)]
         return [f"    {part}" if part else "" for line in lines for part in line.split("\n")]
 
+    def inner(self, arg: ast.arg) -> str:
+        """A twin that is passed in is unwrapped."""
+        wraps = arg.annotation is not None and re.fullmatch(r"Async\w+", ast.unparse(arg.annotation))
+        return "._inner" if wraps else ""
+
     def body(
         self, item: ast.FunctionDef | ast.AsyncFunctionDef, owner: str, returns: str, decorators: list[str]
     ) -> list[str]:
@@ -148,7 +153,8 @@ class Module:
             ]
             if item.args.vararg:
                 args.append(f"*{item.args.vararg.arg}")
-            call += f"({', '.join([*args, *(f'{arg.arg}={arg.arg}' for arg in item.args.kwonlyargs)])})"
+            named = [f"{arg.arg}={arg.arg}{self.inner(arg)}" for arg in item.args.kwonlyargs]
+            call += f"({', '.join([*args, *named])})"
         if isinstance(item, ast.AsyncFunctionDef):
             call = f"run({call})"
         plain = re.sub(r"^builtins\.", "", returns)

@@ -239,6 +239,8 @@ void command_stdin(struct conn *c, uint32_t id, struct reader *r) {
             return;
         }
         if (len) memcpy(cmd->in_data, data, len);
+        cmd->in_total += len;
+        if (eof) cmd->in_closed = true;
         if (eof && cmd->pty) cmd->in_data[len++] = 4; /* ^D: a terminal is not closed, it is told */
         cmd->in_len = len;
         cmd->in_off = 0;
@@ -430,7 +432,7 @@ static void reply_started(struct conn *c, uint32_t id, const struct command *cmd
     buf_end(&c->out, mark);
 }
 
-static bool may_attach(struct conn *c, uint32_t id) {
+bool may_attach(struct conn *c, uint32_t id) {
     if (c->sub_count >= MAX_SUBS) {
         reply_error(c, id, EMFILE, "too many attachments on this connection (1024)");
         return false;
@@ -440,6 +442,10 @@ static bool may_attach(struct conn *c, uint32_t id) {
             conn_fault(c, "request id is in use by an attachment");
             return false;
         }
+    if (tcp_has(c, id)) {
+        conn_fault(c, "request id is in use by a connection to a port");
+        return false;
+    }
     return true;
 }
 
@@ -571,6 +577,23 @@ void command_kill(struct conn *c, uint32_t id, struct reader *r) {
         hit = sweep(cmd, (int)sig) > 0;
     }
     reply_u8(c, id, hit);
+}
+
+void command_stdin_at(struct conn *c, uint32_t id, struct reader *r) {
+    uint32_t pid = rd_u32(r);
+    if (!rd_done(r)) {
+        conn_fault(c, "malformed STDIN_AT");
+        return;
+    }
+    struct command *cmd = command_of(pid);
+    if (!cmd || cmd->done) {
+        reply_error(c, id, ESRCH, "no such command");
+        return;
+    }
+    size_t mark = buf_begin(&c->out, F_RESULT, id);
+    buf_u64(&c->out, cmd->in_total);
+    buf_u8(&c->out, cmd->in_closed || cmd->in.fd < 0);
+    buf_end(&c->out, mark);
 }
 
 void command_resize(struct conn *c, uint32_t id, struct reader *r) {

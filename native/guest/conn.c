@@ -40,6 +40,7 @@ void conn_close(struct conn *c) {
     c->dead = true;
     source_close(&c->src);
     while (c->subs) sub_free(c->subs);
+    tcp_forget_conn(c);
     command_forget_conn(c);
     files_forget_conn(c);
 }
@@ -145,6 +146,11 @@ static void dispatch(struct conn *c, struct frame *f) {
         case F_DIR_OPEN: case F_DIR_NEXT: case F_MKDIR: case F_REMOVE: case F_RENAME:
             files_call(c, f, &r);
             break;
+        case F_STDIN_AT: command_stdin_at(c, f->id, &r); break;
+        case F_TCP_OPEN: tcp_open(c, f->id, &r); break;
+        case F_TCP_SEND: tcp_send(c, f->id, &r); break;
+        case F_TCP_CREDIT: tcp_credit(c, f->id, &r); break;
+        case F_TCP_CLOSE: tcp_close(c, f->id, &r); break;
         case F_REFRESH: refresh(c, f->id, &r); break;
         default: conn_fault(c, "unknown frame type"); break;
     }
@@ -223,6 +229,7 @@ void conn_pump(struct conn *c) {
         conn_close(c);
         return;
     }
+    tcp_pump(c);
     uint32_t events = pending(&c->out) ? EPOLLOUT : 0;
     if (!c->closing && pending(&c->out) < OUT_HIGH) events |= EPOLLIN;
     if (!events) events = EPOLLOUT;

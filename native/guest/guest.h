@@ -6,6 +6,7 @@
  *   spawn.c    user, environment, descriptors, exec
  *   sweep.c    which processes belong to a command, and their death
  *   files.c    file calls
+ *   tcp.c      connections of the host to ports of the sandbox
  *   refresh.c  a restored machine gets its own entropy, names and clock
  *   vsock.c    the listening socket of a machine
  *   wire.c     the protocol's bytes (pure)
@@ -28,6 +29,7 @@
 #define MAX_RUNNING 512u                /* commands at once */
 #define MAX_ENDED 256u                  /* ended commands kept for a later attach, oldest dropped first */
 #define MAX_SUBS 1024u                  /* attachments per connection */
+#define MAX_STREAMS 256u                /* connections to ports, of all clients */
 #define MAX_HANDLES 16u                 /* open files per connection */
 #define RING_MIN (4u * 1024)
 #define RING_MAX (1024u * 1024)         /* kept output per stream */
@@ -41,7 +43,7 @@
 #define SWEEP_RETRY_NS 20000000ll
 #define SWEEP_RETRIES 250
 
-enum source_kind { SRC_LISTEN, SRC_SIGNAL, SRC_CONN, SRC_STDOUT, SRC_STDERR, SRC_STDIN };
+enum source_kind { SRC_LISTEN, SRC_SIGNAL, SRC_CONN, SRC_STDOUT, SRC_STDERR, SRC_STDIN, SRC_TCP };
 
 struct source { /* what an epoll event points at; first member of nothing, embedded where a descriptor lives */
     enum source_kind kind;
@@ -52,6 +54,7 @@ struct source { /* what an epoll event points at; first member of nothing, embed
 
 struct conn;
 struct command;
+struct tcp;
 
 struct stream { /* one output of a command. Offsets count bytes since the start. */
     struct source src;
@@ -79,7 +82,8 @@ struct command {
     struct source in;
     uint8_t *in_data; /* a STDIN chunk being written */
     uint32_t in_len, in_off, in_id;
-    bool in_eof;
+    bool in_eof, in_closed;
+    uint64_t in_total; /* bytes taken so far */
     struct conn *in_conn; /* who waits for the chunk, or NULL */
     uint64_t max_output;
     int64_t started, ended, deadline, quiet_until, drain_until, sweep_at;
@@ -104,6 +108,7 @@ struct conn {
     struct buffer in, out;
     struct sub *subs;
     uint32_t sub_count;
+    struct tcp *streams;
     struct handle handles[MAX_HANDLES];
     bool greeted, closing, dead; /* closing: flush, then close */
 };
@@ -143,6 +148,7 @@ void command_attach(struct conn *c, uint32_t id, struct reader *r);
 void command_list(struct conn *c, uint32_t id, struct reader *r);
 void command_kill(struct conn *c, uint32_t id, struct reader *r);
 void command_stdin(struct conn *c, uint32_t id, struct reader *r);
+void command_stdin_at(struct conn *c, uint32_t id, struct reader *r);
 void command_resize(struct conn *c, uint32_t id, struct reader *r);
 void command_event(struct command *cmd, enum source_kind kind);
 bool command_exited(pid_t pid, int status); /* false: not a command of ours */
@@ -152,6 +158,8 @@ bool sub_pump(struct sub *s); /* put at most one frame into the connection's buf
 void command_run_due(int64_t now); /* timeouts, sweeps, drains */
 int64_t command_next_due(void);    /* INT64_MAX: nothing is timed */
 void command_reap(void);
+
+bool may_attach(struct conn *c, uint32_t id); /* false: it was told why not */
 
 /* spawn.c */
 bool identity_of(const struct user_spec *user, struct identity *out, char *why, size_t why_len);
@@ -166,6 +174,17 @@ void sweep_all(void);                           /* kill every process any comman
 void files_call(struct conn *c, const struct frame *f, struct reader *r);
 bool files_worker_exited(pid_t pid, int status);
 void files_forget_conn(struct conn *c);
+
+/* tcp.c */
+void tcp_open(struct conn *c, uint32_t id, struct reader *r);
+void tcp_send(struct conn *c, uint32_t id, struct reader *r);
+void tcp_credit(struct conn *c, uint32_t id, struct reader *r);
+void tcp_close(struct conn *c, uint32_t id, struct reader *r);
+void tcp_event(struct tcp *t, uint32_t events);
+void tcp_pump(struct conn *c); /* after its buffer has changed: read again, or no longer */
+bool tcp_has(struct conn *c, uint32_t id);
+void tcp_forget_conn(struct conn *c);
+void tcp_reap(void);
 
 /* refresh.c */
 extern bool owns_kernel; /* we are a machine's agent: its clock and host name are ours to set */

@@ -171,6 +171,7 @@ int main(int argc, char **argv) {
         for (struct conn *c = conns; c; c = c->next)
             if (!c->dead) conn_pump(c);
         conn_reap();
+        tcp_reap();
         command_reap();
         int64_t due = command_next_due();
         int wait = -1;
@@ -186,6 +187,7 @@ int main(int argc, char **argv) {
             switch (s->kind) {
                 case SRC_LISTEN: on_listen(s->fd); break;
                 case SRC_SIGNAL: on_signal(s->fd); break;
+                case SRC_TCP: tcp_event(s->owner, events[i].events); break;
                 case SRC_CONN: conn_event(s->owner, events[i].events); break;
                 default: command_event(s->owner, s->kind); break;
             }

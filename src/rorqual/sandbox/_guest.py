@@ -9,6 +9,7 @@ Bytes are sandbox/_protocol.py's; the other end is native/guest; docs/guest-prot
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import posixpath
 import time
@@ -31,6 +32,8 @@ from ._guest_process import (
     StreamName,
     pty_size,
 )
+from ._guest_tcp import WINDOW as TCP_WINDOW
+from ._guest_tcp import GuestStream
 from ._protocol import Frame, Type
 from .errors import GuestError, GuestFileError, GuestGone, GuestProtocolError, GuestRefused
 
@@ -42,6 +45,7 @@ __all__ = [
     "GuestInfo",
     "GuestProcess",
     "GuestProcessInfo",
+    "GuestStream",
     "PtySize",
     "StreamName",
 ]
@@ -106,6 +110,7 @@ class GuestClient:
         self._connection: _Connection | None = None
         self._calls: dict[int, tuple[Type, Callable[[Frame], Any], asyncio.Future[Any]]] = {}
         self._streams: dict[int, GuestProcess] = {}
+        self._ports: dict[int, GuestStream] = {}
         self._last_id = 0
         self._error: GuestError | None = None
         self.gate: Callable[[], Awaitable[None]] | None = None
@@ -291,6 +296,56 @@ class GuestClient:
                 return False
             raise
 
+    async def stdin_at(self, pid: int) -> tuple[int, bool]:
+        """How many bytes of input a running command has been given, and whether its input was closed.
+
+        Raises GuestRefused (ESRCH: it does not run).
+        """
+        return await self._call(Type.STDIN_AT, wire.u32(_pid(pid)), read=wire.read_stdin_at)
+
+    # --- ports ---
+
+    async def tcp_open(self, port: int) -> GuestStream:
+        """Connects to a port of the sandbox's loopback.
+
+        Raises GuestRefused: ECONNREFUSED (nobody listens), EAGAIN (256 connections are open). ValueError.
+        """
+        if not 1 <= port <= 65535:
+            raise ValueError(f"port {port} is not a number from 1 to 65535")
+        if self.gate is not None:
+            await self.gate()
+        stream = GuestStream(self, self._new_id(), port)
+        ident, future = self._expect(Type.RESULT, wire.read_empty, ident=stream._id)
+        self._ports[ident] = stream
+        try:
+            self._write(wire.frame(Type.TCP_OPEN, ident, wire.u16(port), wire.u32(TCP_WINDOW)))
+            await self._answer(future, f"connect to port {port}", CALL_SECONDS)
+        except asyncio.CancelledError:
+            future.add_done_callback(lambda done: self._drop_port(ident, done))
+            raise
+        except BaseException:
+            self._ports.pop(ident, None)
+            raise
+        return stream
+
+    def _drop_port(self, ident: int, done: asyncio.Future[Any]) -> None:
+        if done.cancelled() or done.exception() is not None or self._error is not None:
+            self._ports.pop(ident, None)
+        else:
+            self._expect(Type.RESULT, wire.read_empty, ident=ident)[1].add_done_callback(
+                lambda _: self._ports.pop(ident, None)
+            )
+            self._write(wire.frame(Type.TCP_CLOSE, ident))
+
+    async def _tcp_close(self, ident: int) -> None:
+        if self._error is not None:
+            return
+        _, future = self._expect(Type.RESULT, wire.read_empty, ident=ident)
+        future.add_done_callback(lambda _: self._ports.pop(ident, None))
+        self._write(wire.frame(Type.TCP_CLOSE, ident))
+        with contextlib.suppress(GuestGone):
+            await self._answer(future, "close of a port", CALL_SECONDS)
+
     # --- files: paths are absolute, in the guest's view ---
 
     async def read_file(self, path: str, *, offset: int = 0, limit: int | None = None) -> bytes:
@@ -430,7 +485,7 @@ class GuestClient:
     def _new_id(self) -> int:
         while True:
             self._last_id = self._last_id % 0xFFFFFFFF + 1
-            if self._last_id not in self._calls and self._last_id not in self._streams:
+            if not any(self._last_id in used for used in (self._calls, self._streams, self._ports)):
                 return self._last_id
 
     def _expect(
@@ -516,6 +571,15 @@ class GuestClient:
                 process._on_exit(wire.read_exit(got))
                 del self._streams[got.id]
             return
+        if got.type in (Type.TCP_DATA, Type.TCP_END):
+            stream = self._ports.get(got.id)
+            if stream is None:
+                raise GuestProtocolError(f"the guest sent data of connection {got.id}, which is not open")
+            if got.type is Type.TCP_DATA:
+                stream._on_data(got.payload)
+            else:
+                stream._on_end(wire.read_code(got))
+            return
         if got.id == 0 and got.type is Type.ERROR:
             raise GuestProtocolError(f"the guest agent refused our frame and hung up: {wire.read_error(got)}")
         if got.id not in self._calls or got.type not in (self._calls[got.id][0], Type.ERROR):
@@ -552,8 +616,11 @@ class GuestClient:
                 self._settle(future, error)
             for process in self._streams.values():
                 process._on_failure(error)
+            for stream in self._ports.values():
+                stream._on_failure(error)
             self._calls.clear()
             self._streams.clear()
+            self._ports.clear()
         return self._error
 
 

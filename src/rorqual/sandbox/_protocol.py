@@ -60,15 +60,25 @@ class Type(IntEnum):
     REMOVE = 0x2C
     RENAME = 0x2D
     REFRESH = 0x30
+    TCP_OPEN = 0x38
+    TCP_SEND = 0x39
+    TCP_CREDIT = 0x3A
+    TCP_CLOSE = 0x3B
+    STDIN_AT = 0x3F
     WELCOME = 0x81
     RESULT = 0x90
     ERROR = 0x91
     STARTED = 0x92
     DATA = 0x93
     EXIT = 0x94
+    TCP_DATA = 0x95
+    TCP_END = 0x96
 
 
-_FROM_GUEST = frozenset({Type.WELCOME, Type.RESULT, Type.ERROR, Type.STARTED, Type.DATA, Type.EXIT})
+_FROM_GUEST = frozenset({Type.WELCOME, Type.RESULT, Type.ERROR, Type.STARTED, Type.DATA, Type.EXIT}) | {
+    Type.TCP_DATA,
+    Type.TCP_END,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +395,22 @@ def read_handle(got: Frame) -> int:
     handle = r.u32(MAX_HANDLES)
     r.end()
     return handle
+
+
+def read_stdin_at(got: Frame) -> tuple[int, bool]:
+    """Bytes of input taken, and whether it was closed."""
+    r = Reader(got)
+    taken, closed = r.u64(None), bool(r.u8(1))
+    r.end()
+    return taken, closed
+
+
+def read_code(got: Frame) -> int:
+    """An errno; 0: an orderly end."""
+    r = Reader(got)
+    code = r.u32(4095)
+    r.end()
+    return code
 
 
 def read_chunk(got: Frame) -> tuple[int, bytes]:

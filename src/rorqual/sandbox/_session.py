@@ -15,11 +15,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from rorqual.sandbox._forward import Forward
 from rorqual.sandbox._guest import GuestClient, GuestProcess
 from rorqual.sandbox.errors import Cause, GuestGone, InvalidRequest, SandboxEnded, SandboxError
 from rorqual.sandbox.keeper.client import KeeperDied
 from rorqual.sandbox.substrates import Launched
-from rorqual.sandbox.trajectory import Log
+from rorqual.sandbox.trajectory import Log, TrajectoryEntry
 
 VERDICT_S = 2.0
 """How long a lost connection waits for the keeper's word on the cause."""
@@ -44,6 +45,8 @@ class Session:
     paused: bool = False
     closing: bool = False
     """This client lets go: its commands run on, and their rows stay open for whoever attaches."""
+    forward: Forward | None = None
+    """What a restarted client goes through again before it goes on live (`attach`)."""
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -131,6 +134,19 @@ class Session:
     def end_error(self) -> SandboxEnded:
         cause, detail = self.ended or ("infra", "the keeper gave no cause")
         return SandboxEnded(self.id, cause=cast(Cause, cause), detail=detail)
+
+    def forwarded(self, kind: str, request: Mapping[str, Any]) -> TrajectoryEntry | None:
+        """The row of a call that was made before; None: it is to be done now. Raises TrajectoryMismatch."""
+        return self.forward.take(kind, request) if self.forward is not None else None
+
+    def tag(self, seq: int) -> str:
+        """What a command is called in its guest. With the id: a fork of a memory has its parent's commands."""
+        return f"{self.id}/{seq}"
+
+    def seq_of(self, tag: str) -> int:
+        """The number of a command of this sandbox; 0 when it is another's."""
+        head, _, seq = tag.rpartition("/")
+        return int(seq) if head == self.id and seq.isdigit() else 0
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:

@@ -31,6 +31,8 @@ class CommandResult:
     stderr_bytes: int
     error: str
     """Why it could not be started (no such directory, user or program), or ''."""
+    cached: bool = False
+    """It ran before, and this is what the trajectory log has of it (`Sandbox.attach`)."""
 
     @property
     def ok(self) -> bool:

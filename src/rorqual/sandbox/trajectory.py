@@ -2,7 +2,8 @@
 
 `begin` returns once the intent is committed, so a command never runs before its row is durable; `finish` adds
 the result and does not wait. One writer thread per file commits whatever has queued up in one transaction
-(group commit). Stored output is bounded: the first and last HALF_KEPT bytes of each stream. Owns the thread;
+(group commit); `note` adds what changes nothing (a read), intent and result in one, without waiting. What is stored
+is bounded: the first and last HALF_KEPT bytes of each stream, INPUT_BYTES of what went in. Owns the thread;
 trajectory_store.py owns the SQL.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import hashlib
 import json
 import os
 import queue
@@ -24,10 +26,12 @@ from typing import Any
 from rorqual.sandbox import trajectory_store as store
 from rorqual.sandbox.errors import TrajectoryError
 
-HALF_KEPT = 32 << 10
+HALF_KEPT = 512 << 10
 """Bytes of output kept from either end of a stream."""
+INPUT_BYTES = 1 << 20
+"""Bytes kept of what a command was fed or a file was written with; more is not kept at all, its sha256 is."""
 REQUEST_BYTES = 64 << 10
-"""A request's texts are cut to this many characters in the log."""
+"""A request's texts are cut to this many characters in the log; `cut` then has the sha256 of the whole."""
 _BATCH = 512
 
 
@@ -37,14 +41,16 @@ class TrajectoryEntry:
 
     seq: int
     kind: str
-    """'created', 'command', 'write', 'make_dir', 'remove', 'rename', 'pty', 'kill', 'set_timeout',
-    'ended'."""
+    """'created', 'command', 'pty', 'stdin', 'kill', 'write', 'make_dir', 'remove', 'rename', 'read', 'list', 'stat',
+    'set_timeout', 'pause', 'resume', 'snapshot', 'commit', 'fork', 'ended'."""
     request: dict[str, Any]
     result: dict[str, Any] | None
     """None: it was begun and its end is not known (still running, or the client died)."""
     stdout: bytes
     """Bounded: see HALF_KEPT. `result['stdout_cut']` tells whether the middle is missing."""
     stderr: bytes
+    input: bytes
+    """What the command was fed, or the file written with; b'' when it is over INPUT_BYTES."""
     started: float
     ended: float | None
 
@@ -70,11 +76,11 @@ class Log:
         self._thread = threading.Thread(target=self._write, name="rorqual-trajectory", daemon=True)
         self._thread.start()
 
-    async def begin(self, *, sandbox: str, kind: str, request: dict[str, Any]) -> int:
+    async def begin(self, *, sandbox: str, kind: str, request: dict[str, Any], input: bytes = b"") -> int:
         """Adds an intent; returns its number when it is durable. Raises TrajectoryError."""
-        request = {key: _cut(value) for key, value in request.items()}
+        request, input = logged(request), input if len(input) <= INPUT_BYTES else b""
         future = self._submit(
-            lambda: store.begin(self._connection, sandbox=sandbox, kind=kind, request=request)
+            lambda: store.begin(self._connection, sandbox=sandbox, kind=kind, request=request, input=input)
         )
         seq: int = await asyncio.wrap_future(future)
         return seq
@@ -93,6 +99,21 @@ class Log:
             )
         )
 
+    def note(
+        self, *, sandbox: str, kind: str, request: dict[str, Any], result: dict[str, Any], stdout: bytes = b""
+    ) -> None:
+        """Adds what has happened and changed nothing, in order, without waiting."""
+        out, cut = bounded(stdout)
+        if cut:
+            result = result | {"stdout_cut": True}
+        request = logged(request)
+
+        def work() -> None:
+            seq = store.begin(self._connection, sandbox=sandbox, kind=kind, request=request)
+            store.finish(self._connection, sandbox=sandbox, seq=seq, result=result, stdout=out, stderr=b"")
+
+        self._submit(work)
+
     async def flush(self) -> None:
         """Returns when everything before it is committed."""
         await asyncio.wrap_future(self._submit(lambda: None))
@@ -103,7 +124,7 @@ class Log:
             connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=10.0)
             try:
                 rows = connection.execute(
-                    "SELECT seq, kind, request, result, stdout, stderr, started, ended FROM trajectory "
+                    "SELECT seq, kind, request, result, stdout, stderr, started, ended, input FROM trajectory "
                     "WHERE sandbox = ? AND seq > ? ORDER BY seq",
                     (sandbox, after),
                 ).fetchall()
@@ -121,8 +142,9 @@ class Log:
                 stderr=stderr or b"",
                 started=started,
                 ended=ended,
+                input=fed or b"",
             )
-            for seq, kind, request, result, stdout, stderr, started, ended in rows
+            for seq, kind, request, result, stdout, stderr, started, ended, fed in rows
         ]
 
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
@@ -184,8 +206,17 @@ class Log:
         self._thread.join(timeout=10.0)
 
 
-def _cut(value: Any) -> Any:
-    return value[:REQUEST_BYTES] if isinstance(value, str) else value
+def logged(request: dict[str, Any]) -> dict[str, Any]:
+    """The request as it is written: long texts cut, with a digest of the whole."""
+    long = {
+        key: hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+        for key, value in request.items()
+        if isinstance(value, str) and len(value) > REQUEST_BYTES
+    }
+    if not long:
+        return request
+    cut = {key: value[:REQUEST_BYTES] if key in long else value for key, value in request.items()}
+    return cut | {"cut": long}
 
 
 _logs: dict[Path, Log] = {}

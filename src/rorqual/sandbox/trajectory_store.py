@@ -14,8 +14,8 @@ import sqlite3
 import time
 from typing import Any
 
-FORMAT = 1
-"""PRAGMA user_version of the file."""
+FORMAT = 2
+"""PRAGMA user_version of the file. 2 added `input`: what a command was fed, what a file was written with."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS trajectory (
@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS trajectory (
   stdout  BLOB,
   stderr  BLOB,
   ended   REAL,
+  input   BLOB,
   PRIMARY KEY (sandbox, seq)
 ) WITHOUT ROWID;
 """
@@ -53,29 +54,46 @@ def connect(path: str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
     try:
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version not in (0, FORMAT):
+        if version not in range(FORMAT + 1):
             raise ValueError(
                 f"{path}: trajectory format {version}, this version reads {FORMAT}; update rorqual"
             )
         _write_ahead(connection)
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA wal_autocheckpoint=4000")
-        if version == 0:
-            connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={FORMAT};COMMIT;")
+        if version < FORMAT:
+            _upgrade(connection)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def begin(connection: sqlite3.Connection, *, sandbox: str, kind: str, request: dict[str, Any]) -> int:
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Makes the table, or gives an older one what it lacks. Two processes may come here at once."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute(_SCHEMA)
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(trajectory)")}
+        if "input" not in columns:
+            connection.execute("ALTER TABLE trajectory ADD COLUMN input BLOB")
+        connection.execute(f"PRAGMA user_version={FORMAT}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+
+
+def begin(
+    connection: sqlite3.Connection, *, sandbox: str, kind: str, request: dict[str, Any], input: bytes = b""
+) -> int:
     """Adds an intent, returns its sequence number (1, 2, ... per sandbox). Inside the caller's
     transaction."""
     row = connection.execute(
-        "INSERT INTO trajectory (sandbox, seq, kind, request, started) "
-        "SELECT ?, COALESCE((SELECT MAX(seq) FROM trajectory WHERE sandbox = ?), 0) + 1, ?, ?, ? "
+        "INSERT INTO trajectory (sandbox, seq, kind, request, started, input) "
+        "SELECT ?, COALESCE((SELECT MAX(seq) FROM trajectory WHERE sandbox = ?), 0) + 1, ?, ?, ?, ? "
         "RETURNING seq",
-        (sandbox, sandbox, kind, json.dumps(request), time.time()),
+        (sandbox, sandbox, kind, json.dumps(request), time.time(), input or None),
     ).fetchone()
     return int(row[0])
 

@@ -16,10 +16,13 @@ import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, overload
 
+from rorqual.sandbox._forward import digest
 from rorqual.sandbox._guest import MAX_OUTPUT, GuestExit, GuestProcess
+from rorqual.sandbox._reattach import cached, forward_of, reattach, rest_of_input, type_in
 from rorqual.sandbox._session import Session
 from rorqual.sandbox.errors import CommandNotFound, GuestGone, GuestRefused, InvalidRequest
 from rorqual.sandbox.records import CommandInfo, CommandResult
+from rorqual.sandbox.trajectory import TrajectoryEntry
 
 OnOutput = Callable[[str], Awaitable[None] | None]
 """Called with each piece of output as it arrives; may be a coroutine function."""
@@ -30,9 +33,12 @@ GRACE_S = 15.0
 class AsyncCommandHandle:
     """A command that runs in the background."""
 
-    def __init__(self, session: Session, process: GuestProcess, *, seq: int, log_result: bool) -> None:
+    def __init__(
+        self, session: Session, process: GuestProcess | None, *, seq: int, log_result: bool, pid: int = 0
+    ) -> None:
         self._session = session
         self._process = process
+        self._pid = process.pid if process is not None else pid
         self._seq = seq
         self._log_result = log_result
         self._stdout = bytearray()
@@ -42,7 +48,7 @@ class AsyncCommandHandle:
     @property
     def id(self) -> int:
         """Process id inside the sandbox: what `commands.connect(id)` takes."""
-        return self._process.pid
+        return self._pid
 
     @property
     def seq(self) -> int:
@@ -65,38 +71,51 @@ class AsyncCommandHandle:
 
     async def kill(self, *, signal: int = 9) -> bool:
         """Signals its whole process group; False when it had ended."""
-        return await self._session.guest.kill(self.id, signal=signal)
+        return await AsyncCommands(self._session).kill(self.id, signal=signal)
 
     async def send_stdin(self, data: str | bytes) -> None:
-        """Writes to its standard input (started with `stdin=True`)."""
-        await self._process.send_stdin(data.encode() if isinstance(data, str) else data)
+        """Writes to its standard input (started with `stdin=True`); in the log before it is sent."""
+        fed = data.encode() if isinstance(data, str) else data
+        await type_in(self._session, self._process, self.id, fed, eof=False)
 
     async def close_stdin(self) -> None:
         """Ends its standard input."""
-        await self._process.close_stdin()
+        await type_in(self._session, self._process, self.id, b"", eof=True)
 
     def _start(self, on_stdout: OnOutput | None, on_stderr: OnOutput | None) -> None:
         self._task = asyncio.create_task(self._pump(on_stdout, on_stderr, deadline=None))
         self._task.add_done_callback(lambda task: None if task.cancelled() else task.exception())
         self._session.spawn(self._task)
 
+    def _known(self, result: CommandResult) -> None:
+        """It had ended before: nothing runs."""
+        self._stdout += result.stdout.encode()
+        self._stderr += result.stderr.encode()
+
+        async def known() -> CommandResult:
+            return result
+
+        self._task = asyncio.create_task(known())
+        self._session.spawn(self._task)
+
     async def _pump(
         self, on_stdout: OnOutput | None, on_stderr: OnOutput | None, *, deadline: float | None
     ) -> CommandResult:
         """Collects output until the end, hands it to the callbacks, logs the result."""
-        session = self._session
+        session, process = self._session, self._process
+        assert process is not None
         targets = {
             "stdout": (self._stdout, _decoded(on_stdout)),
             "stderr": (self._stderr, _decoded(on_stderr)),
         }
         try:
             async with session.deadline(deadline):
-                async for stream, data in self._process.events():
+                async for stream, data in process.events():
                     buffer, callback = targets[stream]
                     buffer += data
                     if callback is not None:
                         await callback(data)
-                exit_ = await self._process.wait()
+                exit_ = await process.wait()
         except BaseException as error:
             await self._abandon(error)
             if isinstance(error, GuestGone):
@@ -113,7 +132,8 @@ class AsyncCommandHandle:
 
     async def _kill_and_wait(self) -> None:
         await self._session.guest.kill(self.id)
-        await self._process.wait()
+        if self._process is not None:
+            await self._process.wait()
 
     async def _abandon(self, error: BaseException) -> None:
         """Cancelled, or the connection died: the command must not run on unseen; the log says what
@@ -151,6 +171,11 @@ class AsyncCommandHandle:
                     "oom": oom,
                     "duration": exit_.duration,
                     "error": exit_.error,
+                    "pid": self.id,
+                    "stdout_bytes": exit_.stdout_bytes,
+                    "stderr_bytes": exit_.stderr_bytes,
+                    "stdout_text_sha256": digest(self.stdout.encode()),
+                    "stderr_text_sha256": digest(self.stderr.encode()),
                 },
                 stdout=bytes(self._stdout),
                 stderr=bytes(self._stderr),
@@ -250,47 +275,84 @@ class AsyncCommands:
             SandboxEnded: the sandbox is over, or ends while the command runs. `cause` says why.
             InvalidRequest: an argument is wrong; nothing ran and nothing was logged.
             TrajectoryError: the log cannot be written, so nothing ran.
+            TrajectoryMismatch, UnknownOutcome: after `attach` alone.
         """
         session = self._session
         text = _check(cmd, timeout=timeout, max_output=max_output)
         feed = stdin.encode() if isinstance(stdin, str) else stdin
+        cwd, user = session.path(cwd or session.launched.workdir), user or session.launched.user
+        request = _request(cmd, text, cwd=cwd, user=user, timeout=timeout, envs=envs, feed=feed)
+        if background:
+            request["background"] = True
+        entry = session.forwarded("command", request)
+        if entry is not None and entry.result is not None:
+            return await self._from_log(entry, on_stdout, on_stderr, background=background)
+        process = await reattach(session, entry) if entry is not None else None
+        again = process is not None
         with session.alive():
             argv = [await self._shell(), "-c", cmd] if isinstance(cmd, str) else list(cmd)
-            cwd = session.path(cwd or session.launched.workdir)
-            user = user or session.launched.user
-            request: dict[str, Any] = {"cmd": text, "cwd": cwd, "user": user, "timeout": timeout}
-            if envs:
-                request["envs"] = dict(envs)
-            if isinstance(feed, bytes):
-                request["stdin"] = feed.decode("utf-8", "replace")
-            seq = await session.log.begin(sandbox=session.id, kind="command", request=request)
-        try:
-            process = await session.guest.start(
-                argv,
-                cwd=cwd,
-                env={**account(user), **session.envs, **(envs or {})},
-                user=user,
-                stdin=feed is not False,
-                timeout=timeout,
-                max_output=max_output,
-                tag=str(seq),
+            request["agent"] = session.guest.info.boot_id
+            fed = feed if isinstance(feed, bytes) else b""
+            begun = session.log.begin
+            seq = (
+                entry.seq
+                if entry is not None
+                else await begun(sandbox=session.id, kind="command", request=request, input=fed)
             )
+        try:
+            if process is None:
+                process = await session.guest.start(
+                    argv,
+                    cwd=cwd,
+                    env={**account(user), **session.envs, **(envs or {})},
+                    user=user,
+                    stdin=feed is not False,
+                    timeout=timeout,
+                    max_output=max_output,
+                    tag=session.tag(seq),
+                )
         except GuestGone as error:
             raise await session.verdict(error) from error
+        closed = False
+        if again and entry is not None and isinstance(feed, bytes):
+            feed, closed = await rest_of_input(session, entry, process.pid, feed)
         handle = AsyncCommandHandle(session, process, seq=seq, log_result=True)
         session.processes[process.pid] = process
+        feeding = None
+        if isinstance(feed, bytes) and not closed:
+            feeding = asyncio.create_task(_feed(session, process, feed))
         if background:
             handle._start(on_stdout, on_stderr)
-            if isinstance(feed, bytes):
-                session.spawn(asyncio.create_task(_feed(session, process, feed)))
+            if feeding is not None:
+                session.spawn(feeding)
             return handle
-        feeding = asyncio.create_task(_feed(session, process, feed)) if isinstance(feed, bytes) else None
         try:
             deadline = None if timeout is None else timeout + GRACE_S
             return await handle._pump(on_stdout, on_stderr, deadline=deadline)
         finally:
             if feeding is not None and not feeding.cancel():
                 feeding.result()
+
+    async def _from_log(
+        self,
+        entry: TrajectoryEntry,
+        on_stdout: OnOutput | None,
+        on_stderr: OnOutput | None,
+        *,
+        background: bool,
+    ) -> CommandResult | AsyncCommandHandle:
+        """What a restarted client gets for a command that has ended: the same, without running it."""
+        result = cached(self._session, entry)
+        for callback, text in ((on_stdout, result.stdout), (on_stderr, result.stderr)):
+            outcome = callback(text) if callback is not None and text else None
+            if inspect.isawaitable(outcome):
+                await outcome
+        if not background:
+            return result
+        pid = (entry.result or {}).get("pid", 0)
+        handle = AsyncCommandHandle(self._session, None, seq=entry.seq, log_result=False, pid=pid)
+        handle._known(result)
+        return handle
 
     async def list(self) -> builtins.list[CommandInfo]:
         """Commands that run, or ended a short while ago."""
@@ -314,10 +376,20 @@ class AsyncCommands:
     async def kill(self, id: int, *, signal: int = 9) -> bool:
         """Signals the whole process group of a command; False when there is none that runs."""
         session = self._session
+        request = {"command": id, "signal": signal}
+        entry = session.forwarded("kill", request)
+        if entry is not None and entry.result is not None:
+            return bool(entry.result["found"])
+        if entry is not None and session.ended is not None:
+            raise forward_of(session).unknown(entry, f"the sandbox ended ({session.ended[0]})")
         try:
             with session.alive():
-                seq = await session.log.begin(
-                    sandbox=session.id, kind="kill", request={"command": id, "signal": signal}
+                if entry is not None and signal != 9:
+                    raise forward_of(session).unknown(entry, "the signal may have been delivered", running=id)
+                seq = (
+                    entry.seq
+                    if entry is not None  # nothing is killed twice by SIGKILL
+                    else await session.log.begin(sandbox=session.id, kind="kill", request=request)
                 )
                 found = await session.guest.kill(id, signal=signal)
         except GuestGone as error:
@@ -345,7 +417,7 @@ class AsyncCommands:
             raise await session.verdict(error) from error
         except GuestRefused as error:
             raise CommandNotFound(session.id, id) from error
-        seq = int(info.tag) if info.tag.isdigit() else 0
+        seq = session.seq_of(info.tag)
         handle = AsyncCommandHandle(session, process, seq=seq, log_result=False)
         handle._start(on_stdout, on_stderr)
         return handle
@@ -375,6 +447,29 @@ def _check(cmd: str | Sequence[str], *, timeout: float | None, max_output: int) 
     if max_output < 0:
         raise InvalidRequest(f"max_output: {max_output!r} must be 0 bytes or more")
     return cmd if isinstance(cmd, str) else "\0".join(parts)
+
+
+def _request(
+    cmd: str | Sequence[str],
+    text: str,
+    *,
+    cwd: str,
+    user: str,
+    timeout: float | None,
+    envs: Mapping[str, str] | None,
+    feed: bytes | bool,
+) -> dict[str, Any]:
+    """What the log has of a command before it starts."""
+    request: dict[str, Any] = {"cmd": text, "cwd": cwd, "user": user, "timeout": timeout}
+    if not isinstance(cmd, str):
+        request["list"] = True
+    if envs:
+        request["envs"] = dict(envs)
+    if isinstance(feed, bytes):
+        request |= {"stdin": feed.decode("utf-8", "replace"), "input_sha256": digest(feed)}
+    elif feed:
+        request["stdin"] = True
+    return request
 
 
 async def _feed(session: Session, process: GuestProcess, data: bytes) -> None:

@@ -29,7 +29,11 @@ from rorqual.sandbox._async.commands import AsyncCommands
 from rorqual.sandbox._async.files import AsyncFiles
 from rorqual.sandbox._async.function import AsyncFunction
 from rorqual.sandbox._async.pty import AsyncPty
+from rorqual.sandbox._ended import ended_session
+from rorqual.sandbox._forward import Forward
 from rorqual.sandbox._guest import GuestClient
+from rorqual.sandbox._reattach import forward_of
+from rorqual.sandbox._replay import Replay, replay
 from rorqual.sandbox._session import Session
 from rorqual.sandbox._snapshots import drop_fork, take, to_its_end
 from rorqual.sandbox.errors import (
@@ -69,6 +73,20 @@ class AsyncTrajectory:
         """Every entry with a number above `after`, in order, those included that were just finished."""
         await self._log.flush()
         return await asyncio.to_thread(self._log.read, self._id, after=after)
+
+    async def replay(self, *, into: AsyncSandbox) -> Replay:
+        """Does everything in it again, in order, in a fresh sandbox, and reports what came out otherwise.
+
+        into: another sandbox, made with the same arguments. Commands run with the same text, user, directory,
+        variables and input; files are written and read; what concerns the life of the old sandbox (pause, snapshot,
+        fork, set_timeout) and what the log has not whole is skipped, and said so.
+        Raises SandboxEnded: `into` ended. InvalidRequest: it is the same sandbox.
+        """
+        if into.id == self._id:
+            raise InvalidRequest(
+                f"into: {self._id} is the sandbox whose trajectory this is; give a fresh one"
+            )
+        return await replay(await self.list(), commands=into.commands, files=into.files)
 
 
 class AsyncSandbox:
@@ -230,7 +248,8 @@ class AsyncSandbox:
         except BaseException as error:
             log.finish(sandbox=sandbox_id, seq=seq, result={"error": f"{type(error).__name__}: {error}"})
             raise
-        log.finish(sandbox=sandbox_id, seq=seq, result={"runtime": launched.runtime})
+        made = {"runtime": launched.runtime, "user": launched.user, "workdir": launched.workdir}
+        log.finish(sandbox=sandbox_id, seq=seq, result=made)
         return cls(session, state=state, owned=not spec.keep)
 
     @classmethod
@@ -316,6 +335,9 @@ class AsyncSandbox:
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= 30 * 86400:
             raise InvalidRequest(f"timeout: {timeout!r} must be seconds above 0, at most 30 days")
         session = self._session
+        entry = session.forwarded("set_timeout", {"timeout": timeout})
+        if entry is not None and entry.result is not None:
+            return
         with session.alive():
             seq = await session.log.begin(sandbox=self.id, kind="set_timeout", request={"timeout": timeout})
             request = session.launched.keeper.request("set_timeout", sandbox=self.id, seconds=timeout)
@@ -338,13 +360,42 @@ class AsyncSandbox:
         await self._session.close()
 
     @classmethod
-    async def attach(cls, sandbox_id: str, *, fast_forward: bool = True) -> AsyncSandbox:
-        """Unsupported yet: replaying the log for a restarted client. `connect` and `trajectory.list` are there."""
-        raise Unsupported(
-            f"attach({sandbox_id!r}, fast_forward={fast_forward})",
-            reason="this version does not replay a trajectory",
-            available=["Sandbox.connect(id)", "trajectory.list()"],
-        )
+    async def attach(
+        cls, sandbox_id: str, *, fast_forward: bool = True, trajectory: str | Path | None = None
+    ) -> AsyncSandbox:
+        """For a restarted client: as `connect`, and what it asks again is answered from the log, not done again.
+
+        Calls are answered in the order of the log; at its end the sandbox goes on live. A command that still runs is
+        taken over, with its output from the start. One that is over can be attached too: its log is answered, then
+        every call raises SandboxEnded. The calls raise, beside what they always do:
+            TrajectoryMismatch: the client asks for something else than the log has there. Nothing was done.
+            UnknownOutcome: it was begun and nobody can tell how it ended. Nothing was done again.
+        fast_forward=False is `connect`. trajectory: the file of the log, for an ended one made with its own.
+
+        Raises:
+            SandboxNotFound: neither alive, nor ended in the log.
+        """
+        if not fast_forward:
+            return await cls.connect(sandbox_id)
+        state = StateDir.from_environment()
+        try:
+            made = await cls.connect(sandbox_id)
+        except SandboxNotFound:
+            path = Path.cwd() / trajectory if trajectory is not None else state.trajectory
+            if not path.is_file():
+                raise
+            log = open_log(path)
+            made = cls(
+                ended_session(sandbox_id, await asyncio.to_thread(log.read, sandbox_id), log),
+                state=state,
+                owned=False,
+            )
+        try:
+            made._session.forward = Forward(sandbox_id, await made.trajectory.list())
+        except BaseException:
+            await made.close()
+            raise
+        return made
 
     async def pause(self, *, reclaim: bool = True) -> Paused:
         """Stops every process of it, and with `reclaim` asks the kernel to take back memory it can do without.
@@ -358,6 +409,8 @@ class AsyncSandbox:
             SandboxError: it did not come to a standstill in 10 s.
         """
         session = self._session
+        if (known := self._known("pause", {"reclaim": reclaim})) is not None:
+            return Paused(**known["report"])
         record = await self._ready("pause")
         seq = await session.log.begin(sandbox=self.id, kind="pause", request={"reclaim": reclaim})
         result: dict[str, Any] = {"error": "abandoned"}
@@ -369,18 +422,20 @@ class AsyncSandbox:
             if reclaim and answer["paused"]:
                 await asyncio.to_thread(cgroups.reclaim, record["cgroup"])
                 after = cgroups.memory_used(record["cgroup"])
-            result = {"paused": answer["paused"], "memory_before": before, "memory_after": after}
+            report = Paused(memory_before=before, memory_after=after, seconds=seconds)
+            result = {"paused": answer["paused"], "report": asdict(report)}
         except SandboxError as error:
             result = {"error": str(error)}
             raise
         finally:
             session.log.finish(sandbox=self.id, seq=seq, result=result)
-        return Paused(memory_before=before, memory_after=after, seconds=seconds)
+        return report
 
     async def resume(self) -> None:
         """Lets a paused sandbox go on. Needed only for what runs inside: every call resumes it by itself."""
-        await self._ready("pause")
-        await self._session.resume(by="resume()")
+        if self._known("resume", {}) is None:
+            await self._ready("pause")
+            await self._session.resume(by="resume()")
 
     async def snapshot(self, *, bounds: Bounds = _BOUNDS) -> Snapshot:
         """Its files as they are now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
@@ -419,6 +474,8 @@ class AsyncSandbox:
         """
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_FORK:
             raise InvalidRequest(f"count: {count!r} must be a whole number from 1 to {MAX_FORK}")
+        if (known := self._known("fork", {"count": count})) is not None:
+            return [await self.attach(child) for child in known["children"]]
         record = await self._ready("disk_fork")
         session = self._session
         spec = SandboxSpec(
@@ -511,7 +568,22 @@ class AsyncSandbox:
             )
         return record
 
+    def _known(self, kind: str, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The result of a change of its life that was made before. Raises SandboxError as it did, UnknownOutcome."""
+        entry = self._session.forwarded(kind, request)
+        if entry is None:
+            return None
+        result = entry.result
+        if result is None or result.get("error") == "abandoned":
+            forward = forward_of(self._session)
+            raise forward.unknown(entry, "its client was gone, or had given it up, before it was over")
+        if "error" in result:
+            raise SandboxError(result["error"])
+        return result
+
     async def _take(self, kind: str, *, name: str, bounds: Bounds) -> Snapshot:
+        if (known := self._known(kind, {"image": name})) is not None:
+            return Snapshot(**known)
         record = await self._ready("disk_snapshot")
         log = self._session.log
         seq = await log.begin(sandbox=self.id, kind=kind, request={"image": name})

@@ -46,7 +46,7 @@ class CommandHandle:
         return run(self._inner.kill(signal=signal))
 
     def send_stdin(self, data: str | bytes) -> None:
-        """Writes to its standard input (started with `stdin=True`)."""
+        """Writes to its standard input (started with `stdin=True`); in the log before it is sent."""
         run(self._inner.send_stdin(data))
 
     def close_stdin(self) -> None:
@@ -134,6 +134,7 @@ class Commands:
             SandboxEnded: the sandbox is over, or ends while the command runs. `cause` says why.
             InvalidRequest: an argument is wrong; nothing ran and nothing was logged.
             TrajectoryError: the log cannot be written, so nothing ran.
+            TrajectoryMismatch, UnknownOutcome: after `attach` alone.
         """
         value = run(
             self._inner.run(

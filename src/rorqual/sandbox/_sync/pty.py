@@ -21,7 +21,7 @@ class PtyHandle:
         return self._inner.id
 
     def send_stdin(self, data: str | bytes) -> None:
-        """Types into the terminal."""
+        """Types into the terminal; in the log before it is sent."""
         run(self._inner.send_stdin(data))
 
     def resize(self, size: PtySize) -> None:
@@ -33,7 +33,10 @@ class PtyHandle:
         return run(self._inner.kill())
 
     def wait(self) -> int:
-        """Exit code of its first process. Raises SandboxEnded when the sandbox ends first."""
+        """Exit code of its first process. Raises SandboxEnded when the sandbox ends first.
+
+        CommandNotFound: it had ended before this client was attached, and its exit code was not logged.
+        """
         return run(self._inner.wait())
 
 

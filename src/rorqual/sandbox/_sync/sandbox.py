@@ -10,6 +10,7 @@ from typing import Any
 
 from rorqual.sandbox._async.sandbox import _BOUNDS, AsyncSandbox, AsyncTrajectory
 from rorqual.sandbox._portal import run
+from rorqual.sandbox._replay import Replay
 from rorqual.sandbox._sync.commands import Commands
 from rorqual.sandbox._sync.files import Files
 from rorqual.sandbox._sync.function import Function
@@ -29,6 +30,16 @@ class Trajectory:
     def list(self, *, after: int = 0) -> builtins.list[TrajectoryEntry]:
         """Every entry with a number above `after`, in order, those included that were just finished."""
         return run(self._inner.list(after=after))
+
+    def replay(self, *, into: Sandbox) -> Replay:
+        """Does everything in it again, in order, in a fresh sandbox, and reports what came out otherwise.
+
+        into: another sandbox, made with the same arguments. Commands run with the same text, user, directory,
+        variables and input; files are written and read; what concerns the life of the old sandbox (pause, snapshot,
+        fork, set_timeout) and what the log has not whole is skipped, and said so.
+        Raises SandboxEnded: `into` ended. InvalidRequest: it is the same sandbox.
+        """
+        return run(self._inner.replay(into=into._inner))
 
 
 class Sandbox:
@@ -212,9 +223,22 @@ class Sandbox:
         run(self._inner.close())
 
     @classmethod
-    def attach(cls, sandbox_id: str, *, fast_forward: bool = True) -> Sandbox:
-        """Unsupported yet: replaying the log for a restarted client. `connect` and `trajectory.list` are there."""
-        return cls(run(AsyncSandbox.attach(sandbox_id, fast_forward=fast_forward)))
+    def attach(
+        cls, sandbox_id: str, *, fast_forward: bool = True, trajectory: str | Path | None = None
+    ) -> Sandbox:
+        """For a restarted client: as `connect`, and what it asks again is answered from the log, not done again.
+
+        Calls are answered in the order of the log; at its end the sandbox goes on live. A command that still runs is
+        taken over, with its output from the start. One that is over can be attached too: its log is answered, then
+        every call raises SandboxEnded. The calls raise, beside what they always do:
+            TrajectoryMismatch: the client asks for something else than the log has there. Nothing was done.
+            UnknownOutcome: it was begun and nobody can tell how it ended. Nothing was done again.
+        fast_forward=False is `connect`. trajectory: the file of the log, for an ended one made with its own.
+
+        Raises:
+            SandboxNotFound: neither alive, nor ended in the log.
+        """
+        return cls(run(AsyncSandbox.attach(sandbox_id, fast_forward=fast_forward, trajectory=trajectory)))
 
     def pause(self, *, reclaim: bool = True) -> Paused:
         """Stops every process of it, and with `reclaim` asks the kernel to take back memory it can do without.
