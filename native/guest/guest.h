@@ -1,6 +1,8 @@
 /* guest: the pieces of the agent and who owns what.
  *
  *   main.c     arguments, sockets, signals, the epoll loop, timers
+ *   boot.c     a machine's way from its first process to a root for commands
+ *   ports.c    clients on the virtio-serial ports of a machine
  *   conn.c     one client connection: bytes in, frames dispatched, bytes out
  *   command.c  the command table: start, output rings, subscriptions, end
  *   spawn.c    user, environment, descriptors, exec
@@ -43,7 +45,7 @@
 #define SWEEP_RETRY_NS 20000000ll
 #define SWEEP_RETRIES 250
 
-enum source_kind { SRC_LISTEN, SRC_SIGNAL, SRC_CONN, SRC_STDOUT, SRC_STDERR, SRC_STDIN, SRC_TCP };
+enum source_kind { SRC_LISTEN, SRC_SIGNAL, SRC_CONN, SRC_STDOUT, SRC_STDERR, SRC_STDIN, SRC_PORT, SRC_TCP };
 
 struct source { /* what an epoll event points at; first member of nothing, embedded where a descriptor lives */
     enum source_kind kind;
@@ -129,6 +131,15 @@ extern int null_fd;
 int64_t now_ns(void);
 void source_watch(struct source *s, uint32_t events); /* 0 stops watching */
 void source_close(struct source *s);
+
+/* boot.c */
+extern bool boot_machine;
+int boot_option(int left, char **argv);
+void machine_boot(void);
+
+/* ports.c */
+unsigned ports_open(unsigned wanted); /* how many there are; waits for the driver */
+void ports_event(void *owner);
 
 /* conn.c */
 void conn_accept(int fd);

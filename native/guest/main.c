@@ -1,6 +1,7 @@
 /* rorqual-guest: the agent inside a sandbox. PID 1 of its container, or any process with --socket in tests.
  *
- * usage: rorqual-guest (--listen-fd N | --socket PATH | --vsock PORT) [--own-kernel] [--boot-env NAME=VALUE]...
+ * usage: rorqual-guest (--listen-fd N | --socket PATH | --vsock PORT | --ports N) [--own-kernel] [--boot-env NAME=VALUE]...
+ *        [--machine and its options, see boot.c]
  *
  * Owns arguments, the listening socket, signals, the epoll loop. As PID 1 (or subreaper, elsewhere) it reaps every
  * orphan. SIGTERM from outside the namespace kills all commands and exits 0; SIGTERM from a process inside is ignored,
@@ -111,24 +112,30 @@ static void on_listen(int fd) {
 
 int main(int argc, char **argv) {
     int listen_fd = -1;
-    uint32_t port = 0;
+    uint32_t port = 0, ports = 0;
     const char *path = NULL;
-    for (int i = 1; i < argc; i++) {
+    for (int i = 1, used; i < argc; i++) {
         if (!strcmp(argv[i], "--listen-fd") && i + 1 < argc) listen_fd = atoi(argv[++i]);
         else if (!strcmp(argv[i], "--socket") && i + 1 < argc) path = argv[++i];
         else if (!strcmp(argv[i], "--vsock") && i + 1 < argc) port = (uint32_t)strtoul(argv[++i], NULL, 10);
+        else if (!strcmp(argv[i], "--ports") && i + 1 < argc) ports = (uint32_t)strtoul(argv[++i], NULL, 10);
+        else if ((used = boot_option(argc - i, argv + i)) > 0) i += used - 1;
         else if (!strcmp(argv[i], "--own-kernel")) owns_kernel = true;
         else if (!strcmp(argv[i], "--boot-env") && i + 1 < argc && strchr(argv[i + 1], '=')) boot_env(argv[++i]);
         else if (!strcmp(argv[i], "--version")) return puts(AGENT_VERSION) < 0;
         else {
-            fprintf(stderr, "usage: rorqual-guest (--listen-fd N | --socket PATH | --vsock PORT) [--own-kernel] "
+            fprintf(stderr, "usage: rorqual-guest (--listen-fd N | --socket PATH | --vsock PORT | --ports N) [--own-kernel] "
                             "[--boot-env NAME=VALUE]...\n");
             return 2;
         }
     }
-    if ((listen_fd >= 0) + (path != NULL) + (port != 0) != 1) {
-        fprintf(stderr, "rorqual-guest: give exactly one of --listen-fd N, --socket PATH, --vsock PORT\n");
+    if ((listen_fd >= 0) + (path != NULL) + (port != 0) + (ports != 0) != 1) {
+        fprintf(stderr, "rorqual-guest: give exactly one of --listen-fd N, --socket PATH, --vsock PORT, --ports N\n");
         return 2;
+    }
+    if (boot_machine) {
+        owns_kernel = true;
+        machine_boot();
     }
     fill_std_fds();
     syscall(SYS_close_range, 3u, ~0u, CLOSE_RANGE_CLOEXEC); /* whatever the runtime left open is not for commands */
@@ -154,12 +161,16 @@ int main(int argc, char **argv) {
     if (port && (listen_fd = vsock_listen(port)) < 0) die("vsock");
     int one = 1, type = 0;
     socklen_t size = sizeof type;
-    if (getsockopt(listen_fd, SOL_SOCKET, SO_ACCEPTCONN, &type, &size) || type != one) {
+    if (ports) {
+        if (!ports_open(ports)) die("virtio-serial ports");
+    } else if (getsockopt(listen_fd, SOL_SOCKET, SO_ACCEPTCONN, &type, &size) || type != one) {
         fprintf(stderr, "rorqual-guest: fd %d is not a listening socket\n", listen_fd);
         return 1;
     }
-    fcntl(listen_fd, F_SETFD, FD_CLOEXEC);
-    fcntl(listen_fd, F_SETFL, fcntl(listen_fd, F_GETFL) | O_NONBLOCK);
+    if (listen_fd >= 0) {
+        fcntl(listen_fd, F_SETFD, FD_CLOEXEC);
+        fcntl(listen_fd, F_SETFL, fcntl(listen_fd, F_GETFL) | O_NONBLOCK);
+    }
     struct source listener = {.kind = SRC_LISTEN, .fd = listen_fd};
     struct source signals = {.kind = SRC_SIGNAL, .fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK)};
     if (signals.fd < 0) die("signalfd");
@@ -188,6 +199,7 @@ int main(int argc, char **argv) {
                 case SRC_LISTEN: on_listen(s->fd); break;
                 case SRC_SIGNAL: on_signal(s->fd); break;
                 case SRC_TCP: tcp_event(s->owner, events[i].events); break;
+                case SRC_PORT: ports_event(s->owner); break;
                 case SRC_CONN: conn_event(s->owner, events[i].events); break;
                 default: command_event(s->owner, s->kind); break;
             }
