@@ -1,4 +1,4 @@
-# ruff: noqa: ASYNC240, ASYNC220 - tests look at local files and start programs
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC240 - tests look at local files and start programs
 """Firecracker's API and jailer, for real: the program starts and answers without KVM until a guest shall run.
 
 That a guest boots is in test_firecracker_guest.py, inside of the emulated host of nested/ where this host has no KVM.
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.sandbox.errors import HostUnfit, InvalidRequest
+from rorqual.sandbox.keeper import chroot
 from rorqual.sandbox.machines import firecracker, firecracker_api, jailer
 from rorqual.sandbox.machines.firecracker_api import (
     Balloon,
@@ -306,3 +307,75 @@ async def test_a_jailed_vmm_sees_its_own_files_and_is_nobody(program: Path, tmp_
     finally:
         running.kill()
         running.wait()
+
+
+CHILD = """
+import json, os, sys
+from rorqual.sandbox.keeper import chroot, linux
+home, inside, command = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+linux.unshare(linux.CLONE_NEWNS)
+linux.mount("none", "/", flags=linux.MS_REC | linux.MS_PRIVATE)
+chroot.prepare(home, inside)
+os.chdir(home)
+os.execv(command[0], command)
+"""
+
+
+async def test_files_appear_in_a_jail_and_a_directory_is_lent_to_it(program: Path, tmp_path: Path) -> None:
+    tool = firecracker.find_jailer()
+    if os.geteuid() or tool is None:
+        pytest.skip("the jailer needs root" if os.geteuid() else "there is no jailer on this host")
+    home, user = tmp_path / "vm", 0x70010000 + 64000
+    home.mkdir()
+    kernel, lent = tmp_path / "vmlinux", tmp_path / "lent"
+    kernel.write_bytes(b"\x7fELF")
+    kernel.chmod(0o644)
+    lent.mkdir()
+    os.chown(lent, user, user)
+    # As a host's /run is: no device node and no program works there.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nodev,noexec,nosuid", "tmpfs", home], check=True)
+    inside = jailer.root(home / "jail", "sb-jail")
+    wish = {"root": str(inside.relative_to(home)), "files": {"kernel": {"path": str(kernel)}}}
+    command = jailer.argv(
+        tool, program, ["--api-sock", "api.sock"], sandbox_id="sb-jail", user=user, base=home / "jail"
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-c", CHILD, home, json.dumps(wish), json.dumps(command)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        async with connected(inside / "api.sock") as api:
+            await api.put(BootSource(kernel_image_path="kernel", boot_args=""))
+            with pytest.raises(FirecrackerError):  # read-only
+                await api.put(Drive(drive_id="d", path_on_host="kernel", is_read_only=False))
+            socket = Vsock(guest_cid=3, uds_path=f"{chroot.LENT}/v.sock")
+            chroot.lend(running.pid, str(lent))
+            await api.put(socket)
+            assert (lent / "v.sock").is_socket() and (lent / "v.sock").stat().st_uid == user
+            chroot.take_back(running.pid)
+            with pytest.raises(
+                FirecrackerError, match="Permission denied"
+            ):  # its own /out is not its to write
+                await api.put(Vsock(guest_cid=3, uds_path=f"{chroot.LENT}/w.sock"))
+            assert not (lent / "w.sock").exists()
+            with pytest.raises(OSError, match="mount namespace of its VMM: umount"):
+                chroot.take_back(running.pid)
+    finally:
+        running.kill()
+        running.wait()
+        subprocess.run(["umount", home], check=True)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "", chroot.LENT])
+def test_a_file_of_a_jail_has_a_plain_name(tmp_path: Path, name: str) -> None:
+    if os.geteuid():
+        pytest.skip("mounts need root")
+    wish = {"root": "r", "files": {name: {"path": "/etc/hostname"}}}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path, json.dumps(wish), "[]"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode and "is not a name" in done.stderr
