@@ -48,6 +48,7 @@ from rorqual.sandbox.errors import (
     Unsupported,
 )
 from rorqual.sandbox.limits import Mount
+from rorqual.sandbox.network import NetworkPolicy, Secret, secret_url
 from rorqual.sandbox.prune import Pruned, prune
 from rorqual.sandbox.records import (
     Check,
@@ -56,6 +57,8 @@ from rorqual.sandbox.records import (
     FileEntry,
     FunctionFailure,
     FunctionResult,
+    NetworkEvent,
+    NetworkLog,
     Paused,
     SandboxInfo,
     Snapshot,
@@ -95,6 +98,9 @@ __all__ = [
     "InvalidRequest",
     "LaunchFailed",
     "Mount",
+    "NetworkEvent",
+    "NetworkLog",
+    "NetworkPolicy",
     "Paused",
     "Pruned",
     "PtyHandle",
@@ -104,6 +110,7 @@ __all__ = [
     "SandboxError",
     "SandboxInfo",
     "SandboxNotFound",
+    "Secret",
     "Snapshot",
     "TrajectoryEntry",
     "TrajectoryError",
@@ -112,4 +119,5 @@ __all__ = [
     "Unsupported",
     "doctor",
     "prune",
+    "secret_url",
 ]

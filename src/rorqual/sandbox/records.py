@@ -98,6 +98,31 @@ class SandboxInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkEvent:
+    """Something that a sandbox's policy refused, as often as it was tried."""
+
+    kind: Literal["dns", "address", "secret"]
+    what: str
+    """The name; 'address:port/protocol'; or the request's method and path."""
+    reason: str
+    count: int
+    """Queries, packets or requests."""
+    first: float
+    """Epoch seconds; for an address the same as `last`."""
+    last: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkLog:
+    """What `network_log()` returns."""
+
+    events: tuple[NetworkEvent, ...]
+    """At most 512 of names and requests and 512 of addresses: of more, the latest and the first, respectively."""
+    counters: Mapping[str, int]
+    """sent, received and refused _packets and _bytes; dns_answered, _refused, _limited; secret_requests, _refused."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Paused:
     """What a pause gave back."""
 

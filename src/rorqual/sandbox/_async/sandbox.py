@@ -48,7 +48,10 @@ from rorqual.sandbox.images import Bounds, store
 from rorqual.sandbox.keeper import cgroups, leases
 from rorqual.sandbox.keeper.client import KeeperDied, keeper_at
 from rorqual.sandbox.limits import FunctionSpec, Mount, SandboxSpec, parse_mounts
-from rorqual.sandbox.records import Paused, SandboxInfo, Snapshot
+from rorqual.sandbox.network import NetworkPolicy, Secret
+from rorqual.sandbox.network.policy import parse_policy, plain_policy
+from rorqual.sandbox.network.secret import check_secrets, plain_secrets, vault
+from rorqual.sandbox.records import NetworkEvent, NetworkLog, Paused, SandboxInfo, Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates import Launched, substrate
 from rorqual.sandbox.trajectory import Log, TrajectoryEntry, open_log
@@ -121,7 +124,8 @@ class AsyncSandbox:
         memory_mb: int = 512,
         pids: int = 256,
         disk_mb: int | None = 512,
-        network: str = "offline",
+        network: str | Mapping[str, Any] | NetworkPolicy = "offline",
+        secrets: Mapping[str, Secret | Mapping[str, Any]] | None = None,
         envs: Mapping[str, str] | None = None,
         workdir: str | None = None,
         mounts: Sequence[Mount | Mapping[str, Any]] | Mapping[str, str] = (),
@@ -145,6 +149,8 @@ class AsyncSandbox:
         runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
         image: a name of `images.images()`, or what `snapshot()` returned. layers: images on top of it, such as
         a workspace and a toolkit, the later over the earlier, all below what a snapshot had written.
+        network: 'offline', the name of another policy ('pypi', 'open', your own), or a NetworkPolicy. secrets:
+        credentials it can use and never sees, by a name (docs/sandbox-network.md).
         edge, token: the daemon that makes it, 'unix:/path' or 'http://host:port'; None: $RORQUAL_EDGE and
         $RORQUAL_EDGE_TOKEN, and this process where there is none; 'local': this process. lease: seconds after which
         an edge ends it when this client is not heard any more, unless `keep`.
@@ -158,6 +164,7 @@ class AsyncSandbox:
             LaunchFailed: it did not start; nothing is left of it.
         """
         arguments = {name: value for name, value in locals().items() if name not in _OF_THE_EDGE}
+        arguments |= {"network": plain_policy(network), "secrets": plain_secrets(secrets)}
         if (place := edge_place(edge, token)) is not None:
             from rorqual.sandbox import _remote
 
@@ -176,7 +183,8 @@ class AsyncSandbox:
         state.prepare()
         await asyncio.to_thread(prune.reap_once, state)
         path = Path.cwd() / trajectory if trajectory is not None else state.trajectory
-        return await cls._start(kind, spec, state=state, trajectory=path, edge=edge)
+        held = check_secrets(arguments["secrets"])
+        return await cls._start(kind, spec, state=state, trajectory=path, edge=edge, held=held)
 
     @classmethod
     async def function(
@@ -237,15 +245,22 @@ class AsyncSandbox:
         trajectory: Path,
         edge: str = EDGE,
         forked_from: str = "",
+        held: Mapping[str, Secret] | None = None,
     ) -> AsyncSandbox:
         log = open_log(trajectory)
         sandbox_id = f"sb-{edge}-{secrets.token_hex(6)}"
         request = asdict(spec) | ({"forked_from": forked_from} if forked_from else {})
         seq = await log.begin(sandbox=sandbox_id, kind="created", request=request)
         try:
+            if forked_from:
+                vault.copy(forked_from, sandbox_id, list(spec.secrets))
+            vault.put(sandbox_id, held or {})
             launched = await kind.launch(spec, sandbox_id=sandbox_id, state=state, trajectory=trajectory)
+            if spec.secrets:
+                launched.keeper.watch(sandbox_id, lambda *_: vault.drop(sandbox_id))
             session = await _connect(launched, log)
         except BaseException as error:
+            vault.drop(sandbox_id)
             log.finish(sandbox=sandbox_id, seq=seq, result={"error": f"{type(error).__name__}: {error}"})
             raise
         made = {"runtime": launched.runtime, "user": launched.user, "workdir": launched.workdir}
@@ -345,6 +360,51 @@ class AsyncSandbox:
             session.log.finish(sandbox=self.id, seq=seq, result={"ok": "gone" not in answer})
             if "gone" in answer:
                 raise session.end_error()
+
+    async def update_network(self, network: str | Mapping[str, Any] | NetworkPolicy) -> None:
+        """Replaces what it may reach, at once and for open connections too: those not allowed any more are reset.
+
+        Its forks have the new policy. To begin with nothing and widen later, create it with NetworkPolicy().
+
+        Raises:
+            InvalidRequest: not a policy. Unsupported: it was created offline, without any interface.
+            SandboxError: the host refused; the old policy is in force.
+        """
+        policy = parse_policy(network)
+        session = self._session
+        record = await self._record()
+        if not record.get("networked"):
+            raise Unsupported(
+                "update_network()",
+                reason="it was created offline and has no interface",
+                available=["create(network=NetworkPolicy())"],
+            )
+        request = {"policy": policy.to_dict()}
+        seq = await session.log.begin(sandbox=self.id, kind="network", request=request)
+        result: dict[str, Any] = {"error": "abandoned"}
+        try:
+            await session.keeper_call("network", policy=policy.to_dict())
+            result = {"ok": True}
+        except SandboxError as error:
+            result = {"error": str(error)}
+            raise
+        finally:
+            session.log.finish(sandbox=self.id, seq=seq, result=result)
+
+    async def network_log(self) -> NetworkLog:
+        """What it was refused (names, addresses, uses of a secret), oldest first, and counters. Bounded.
+
+        Raises Unsupported when it has no network. A paused sandbox stays paused.
+        """
+        if not (await self._record()).get("networked"):
+            raise Unsupported(
+                "network_log()",
+                reason="it was created offline: nothing can be tried and refused",
+                available=[],
+            )
+        answer = await self._session.keeper_call("network_log")
+        events = tuple(NetworkEvent(**row) for row in answer["rows"])
+        return NetworkLog(events=events, counters=answer["counters"])
 
     async def kill(self) -> bool:
         """Ends it with cause `killed` and removes everything of it; False when it was over. Idempotent.
@@ -642,6 +702,7 @@ def _spec(arguments: Mapping[str, Any]) -> SandboxSpec:
         "envs": dict(arguments["envs"] or {}),
         "mounts": parse_mounts(arguments["mounts"]),
         "metadata": dict(arguments["metadata"] or {}),
+        "secrets": {name: held.public() for name, held in check_secrets(arguments["secrets"]).items()},
     }
     return SandboxSpec(**{**arguments, **given})
 

@@ -17,7 +17,8 @@ from rorqual.sandbox._sync.function import Function
 from rorqual.sandbox._sync.pty import Pty
 from rorqual.sandbox.images import Bounds
 from rorqual.sandbox.limits import Mount
-from rorqual.sandbox.records import Paused, SandboxInfo, Snapshot
+from rorqual.sandbox.network import NetworkPolicy, Secret
+from rorqual.sandbox.records import NetworkLog, Paused, SandboxInfo, Snapshot
 from rorqual.sandbox.trajectory import TrajectoryEntry
 
 
@@ -64,7 +65,8 @@ class Sandbox:
         memory_mb: int = 512,
         pids: int = 256,
         disk_mb: int | None = 512,
-        network: str = "offline",
+        network: str | Mapping[str, Any] | NetworkPolicy = "offline",
+        secrets: Mapping[str, Secret | Mapping[str, Any]] | None = None,
         envs: Mapping[str, str] | None = None,
         workdir: str | None = None,
         mounts: Sequence[Mount | Mapping[str, Any]] | Mapping[str, str] = (),
@@ -88,6 +90,8 @@ class Sandbox:
         runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
         image: a name of `images.images()`, or what `snapshot()` returned. layers: images on top of it, such as
         a workspace and a toolkit, the later over the earlier, all below what a snapshot had written.
+        network: 'offline', the name of another policy ('pypi', 'open', your own), or a NetworkPolicy. secrets:
+        credentials it can use and never sees, by a name (docs/sandbox-network.md).
         edge, token: the daemon that makes it, 'unix:/path' or 'http://host:port'; None: $RORQUAL_EDGE and
         $RORQUAL_EDGE_TOKEN, and this process where there is none; 'local': this process. lease: seconds after which
         an edge ends it when this client is not heard any more, unless `keep`.
@@ -112,6 +116,7 @@ class Sandbox:
                     pids=pids,
                     disk_mb=disk_mb,
                     network=network,
+                    secrets=secrets,
                     envs=envs,
                     workdir=workdir,
                     mounts=mounts,
@@ -208,6 +213,24 @@ class Sandbox:
     def set_timeout(self, timeout: float) -> None:
         """Sets its remaining lifetime, seconds from now."""
         run(self._inner.set_timeout(timeout))
+
+    def update_network(self, network: str | Mapping[str, Any] | NetworkPolicy) -> None:
+        """Replaces what it may reach, at once and for open connections too: those not allowed any more are reset.
+
+        Its forks have the new policy. To begin with nothing and widen later, create it with NetworkPolicy().
+
+        Raises:
+            InvalidRequest: not a policy. Unsupported: it was created offline, without any interface.
+            SandboxError: the host refused; the old policy is in force.
+        """
+        run(self._inner.update_network(network))
+
+    def network_log(self) -> NetworkLog:
+        """What it was refused (names, addresses, uses of a secret), oldest first, and counters. Bounded.
+
+        Raises Unsupported when it has no network. A paused sandbox stays paused.
+        """
+        return run(self._inner.network_log())
 
     def kill(self) -> bool:
         """Ends it with cause `killed` and removes everything of it; False when it was over. Idempotent.

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from rorqual.sandbox.keeper import cgroups, holds, launch, leases, linux, machine
+from rorqual.sandbox.keeper import cgroups, holds, launch, leases, linux, machine, network
 from rorqual.sandbox.keeper.removal import remove_tree
 
 MAX_LINE = 4 << 20
@@ -85,6 +85,7 @@ class Keeper:
         self.unused: dict[str, tuple[float, float]] = {}
         """Directories of forks' layers that may have lost their last user -> (when to look again, the wait before)."""
         self.holds = holds.Holds(self.stillness_changed, lambda peer, document: peer.send(document))
+        self.networks = network.Networks(self)
         # Locked before it has its name: a reaper must never meet a lock file of the living that is free.
         self.lock = os.open(directory + "/lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,6 +158,8 @@ class Keeper:
                         self.selector.unregister(key.data.fd)
                 elif isinstance(key.data, Entry):
                     self.machine_runs(key.data)
+                elif isinstance(key.data, network.Gateway):
+                    self.networks.read(key.data)
             self.holds.tick()
             now = time.monotonic()
             if any(again <= now for again, _ in self.unused.values()):
@@ -170,6 +173,7 @@ class Keeper:
                         self.finish(entry, status=-1)  # SIGKILL did not end it: clean what can be cleaned
                     else:
                         self.kill(entry, cause="timeout", detail="its lifetime was over")
+        self.networks.close()
         for pid in children():  # no sandbox is left, so whatever a broken launch orphaned to us goes, too
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -210,8 +214,11 @@ class Keeper:
                 leases.give(entry.leases)
                 raise
             self.entries[entry.id] = entry
-            self.queue.append(entry)
-            self.start_queued()
+            if entry.order.get("network"):
+                self.networks.launch(entry)
+            else:
+                self.queue.append(entry)
+                self.start_queued()
             return
         entry_or_none = self.entries.get(request["sandbox"])
         if entry_or_none is None:
@@ -232,6 +239,8 @@ class Keeper:
             peer.send({"id": number, "expires": expires, "init_pid": init_pid, "still": still})
         elif op in ("pause", "resume", "snapshot", "hold", "release"):
             self.holds.handle(entry_or_none, peer, request)
+        elif op in ("network", "network_log"):
+            self.networks.handle(entry_or_none, peer, request)
         elif op == "console":
             started = entry_or_none.started
             text = started.console.text if started is not None else b""
@@ -300,7 +309,7 @@ class Keeper:
                 return
             if pid == 0:
                 return
-            if self.holds.reaped(pid, status):
+            if self.holds.reaped(pid, status) or self.networks.reaped(pid):
                 continue
             entry = self.by_pid.pop(pid, None)
             if entry is None:
@@ -364,7 +373,10 @@ class Keeper:
                 self.write_record(entry)
                 if entry.asked_cause:
                     self.signal(entry)
-                self.answer_launch(entry)
+                if entry.order.get("network"):
+                    self.networks.running(entry)
+                else:
+                    self.answer_launch(entry)
         self.start_queued()
 
     def fail(self, entry: Entry, *, stage: str, detail: str) -> None:
@@ -447,6 +459,7 @@ class Keeper:
         self.entries.pop(entry.id, None)
         self.by_pid.pop(entry.init_pid, None)
         self.holds.ended(entry)
+        self.networks.drop(entry)
         if entry.channel is not None:
             entry.channel.close()
         if entry.disk is not None:

@@ -1,8 +1,8 @@
 """The keeper's side of sandbox networks: starts the gateway process with the first sandbox that has one, and asks it.
 
-Nothing here blocks the loop: a request is answered through its callback, also when the gateway dies (then with
-`error`, and its sandboxes are named to `lost`). Owns the process; never touches a link or a rule: network/gateway.py
-does. A keeper without networked sandboxes has no gateway. Standard library only.
+Nothing here blocks the loop: a request is answered through its callback, also when the gateway dies: then with
+`error`, and its sandboxes end, since they would have no network any more. Owns the process; never touches a link or a
+rule: network/gateway.py does. A keeper without networked sandboxes has no gateway. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rorqual.sandbox.keeper.main import Entry, Keeper, Peer
 
 Answered = Callable[[dict[str, Any]], None]
 
@@ -39,41 +42,77 @@ class Gateway:
 class Networks:
     """The gateways of one keeper: one, unless its sandboxes are configured to leave by different namespaces."""
 
-    def __init__(self, selector: selectors.BaseSelector, lost: Callable[[str, str], None]) -> None:
-        self._selector = selector
-        self._lost = lost
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self._gateways: dict[str, Gateway] = {}
         self._of: dict[str, Gateway] = {}
         self._number = 0
 
-    def prepare(self, order: dict[str, Any], done: Answered) -> None:
-        """Asks for room for a sandbox; the secrets' values leave the order here. Answer: `guest` and `netns`."""
-        wish = order["network"]
+    def launch(self, entry: Entry) -> None:
+        """Has room made for a sandbox, then queues it. The secrets' values leave its order here."""
+        wish = entry.order["network"]
         secrets = wish.pop("secrets", {})
+
+        def ready(answer: dict[str, Any]) -> None:
+            if self._keeper.entries.get(entry.id) is not entry:
+                return
+            if entry.asked_cause:
+                self._keeper.fail(entry, stage="killed", detail=entry.asked_detail or entry.asked_cause)
+            elif "error" in answer:
+                self._keeper.fail(entry, stage="network", detail=answer["error"])
+            else:
+                wish.update(answer)  # `netns` and `guest`, for a machine's launcher
+                self._keeper.queue.append(entry)
+                self._keeper.start_queued()
+
         try:
             gateway = self._gateway(wish["gateway"])
         except OSError as error:
-            done({"error": f"the gateway did not start: {error}"})
+            ready({"error": f"the gateway did not start: {error}"})
             return
-        gateway.sandboxes.add(order["id"])
-        self._of[order["id"]] = gateway
-        fields = {key: wish.get(key, 0) for key in ("policy", "tap", "owner", "group")}
-        self._send(gateway, "prepare", order["id"], done, secrets=secrets, **fields)
+        gateway.sandboxes.add(entry.id)
+        self._of[entry.id] = gateway
+        fields = {key: wish[key] for key in ("policy", "tap", "owner", "group")}
+        self._send(gateway, "prepare", entry.id, ready, secrets=secrets, **fields)
 
-    def request(self, op: str, sandbox: str, done: Answered, **fields: Any) -> None:
-        """`attach` (pid), `policy` (policy) and `log`. Answers with `error` when the sandbox has no network."""
-        gateway = self._of.get(sandbox)
-        if gateway is None:
-            done({"error": "it was created without a network and without secrets", "none": True})
-        else:
-            self._send(gateway, op, sandbox, done, **fields)
+    def running(self, entry: Entry) -> None:
+        """A container runs: gives it its interface, then tells its client. Without it, it may not be used."""
 
-    def drop(self, sandbox: str) -> None:
+        def attached(answer: dict[str, Any]) -> None:
+            if "error" not in answer or self._keeper.entries.get(entry.id) is not entry:
+                self._keeper.answer_launch(entry)
+                return
+            if entry.reply is not None:
+                peer, number = entry.reply
+                entry.reply = None
+                self._answer(peer, number, answer)
+            self._keeper.kill(entry, cause="infra", detail=f"network: {answer['error']}")
+
+        self._ask("attach", entry, attached, pid=entry.init_pid)
+
+    def handle(self, entry: Entry, peer: Peer, request: dict[str, Any]) -> None:
+        """`network` (policy) and `network_log`."""
+        number = request["id"]
+        if request["op"] == "network_log":
+            self._ask("log", entry, lambda answer: self._answer(peer, number, answer))
+            return
+        policy = request["policy"]
+
+        def done(answer: dict[str, Any]) -> None:
+            if "error" not in answer and self._keeper.entries.get(entry.id) is entry:
+                entry.order["record"]["network"] = policy["name"]
+                entry.order["record"]["spec"]["network"] = policy  # its forks have what it has
+                self._keeper.write_record(entry)
+            self._answer(peer, number, answer)
+
+        self._ask("policy", entry, done, policy=policy)
+
+    def drop(self, entry: Entry) -> None:
         """The sandbox is over. Idempotent."""
-        gateway = self._of.pop(sandbox, None)
+        gateway = self._of.pop(entry.id, None)
         if gateway is not None:
-            gateway.sandboxes.discard(sandbox)
-            self._send(gateway, "drop", sandbox, lambda _: None)
+            gateway.sandboxes.discard(entry.id)
+            self._send(gateway, "drop", entry.id, lambda _: None)
 
     def read(self, gateway: Gateway) -> None:
         """Called by the loop when the gateway said something, or died."""
@@ -146,8 +185,19 @@ class Networks:
             theirs.close()
         ours.settimeout(10.0)
         gateway = self._gateways[key] = Gateway(key, ours, pid)
-        self._selector.register(ours, selectors.EVENT_READ, gateway)
+        self._keeper.selector.register(ours, selectors.EVENT_READ, gateway)
         return gateway
+
+    def _answer(self, peer: Peer, number: int, answer: dict[str, Any]) -> None:
+        error = {"error": {"stage": "network", "detail": answer["error"]}} if "error" in answer else answer
+        peer.send({"id": number, **error})
+
+    def _ask(self, op: str, entry: Entry, done: Answered, **fields: Any) -> None:
+        gateway = self._of.get(entry.id)
+        if gateway is None:
+            done({"error": "it was created without a network and without secrets"})
+        else:
+            self._send(gateway, op, entry.id, done, **fields)
 
     def _send(self, gateway: Gateway, op: str, sandbox: str, done: Answered, **fields: Any) -> None:
         self._number += 1
@@ -157,7 +207,7 @@ class Networks:
             gateway.sock.sendall(json.dumps(document).encode() + b"\n")
 
     def _end(self, gateway: Gateway, detail: str) -> None:
-        self._selector.unregister(gateway.sock)
+        self._keeper.selector.unregister(gateway.sock)
         gateway.sock.close()
         self._gateways.pop(gateway.key, None)
         if gateway.pid:  # it hung up but lives: it must not
@@ -168,4 +218,6 @@ class Networks:
             done({"error": detail})
         for sandbox in list(gateway.sandboxes):
             self._of.pop(sandbox, None)
-            self._lost(sandbox, detail)
+            entry = self._keeper.entries.get(sandbox)
+            if entry is not None:
+                self._keeper.kill(entry, cause="infra", detail=detail)

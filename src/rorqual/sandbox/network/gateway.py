@@ -65,6 +65,7 @@ class Gateway:
             opener=self.open_addresses,
             resolvers=resolvers,
         )
+        self.fixed = bool(resolvers)
         self.proxy: Any = None
         self.uplink = asyncio.Lock()
 
@@ -107,7 +108,8 @@ class Gateway:
                 SecretProxy,
             )  # ssl and h11: only who has a secret pays for them
 
-            self.proxy = SecretProxy(self.host, guests=self.by_address.get)
+            resolve = self.resolver.addresses if self.fixed else None
+            self.proxy = SecretProxy(self.host, guests=self.by_address.get, resolve=resolve)
             await self.proxy.start()
         guest = Guest(id=request["sandbox"], number=self._number(), policy=policy, secrets=secrets)
         self.guests[guest.id] = self.by_address[guest.address] = guest

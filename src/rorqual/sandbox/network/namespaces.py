@@ -46,13 +46,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NetworkRefused(OSError):
-    """A step failed; the text says which, and what to do."""
+    """A step failed; its one argument says which, and what to do."""
 
 
 def _check(result: int, step: str) -> None:
     if result < 0:
         number = ctypes.get_errno()
-        raise NetworkRefused(number, f"{step}: {os.strerror(number)}")
+        raise NetworkRefused(f"{step}: {os.strerror(number)}")
 
 
 def unshare_network() -> None:
@@ -96,10 +96,10 @@ def ip(*lines: str) -> None:
             ["ip", "-batch", "-"], input=text, text=True, capture_output=True, timeout=30, check=False
         )
     except FileNotFoundError as error:
-        raise NetworkRefused(2, "there is no program ip. Fix: apt-get install iproute2") from error
+        raise NetworkRefused("there is no program ip. Fix: apt-get install iproute2") from error
     if done.returncode:
         words = (done.stderr.strip() or "no reason given").splitlines()[0]
-        raise NetworkRefused(1, f"ip: {words}")
+        raise NetworkRefused(f"ip: {words}")
 
 
 def _ip_json(*words: str) -> list[dict[str, Any]]:
@@ -122,6 +122,7 @@ class Host:
     """One thread in the namespace that traffic leaves through, started before the others leave it."""
 
     def __init__(self, namespace: str = "") -> None:
+        self._started_in = os.stat("/proc/self/ns/net").st_ino
         self._fd = os.open(namespace or "/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="host", initializer=enter, initargs=(self._fd,))
         self.pool.submit(os.getpid).result()
@@ -130,8 +131,8 @@ class Host:
         self.mtu = 1500
 
     def is_namespace(self, fd: int) -> bool:
-        """Whether `fd` is the host's namespace: this one, or the one of the host's first process."""
-        return os.fstat(fd).st_ino in (os.fstat(self._fd).st_ino, os.stat("/proc/1/ns/net").st_ino)
+        """Whether `fd` is the host's namespace: the one this process was started in, or the configured one."""
+        return os.fstat(fd).st_ino in (self._started_in, os.fstat(self._fd).st_ino)
 
     def call(self, work: Callable[[], T]) -> T:
         return self.pool.submit(work).result()
@@ -166,7 +167,7 @@ class Host:
         return self.call(look)
 
     def connect(self, router_pid: int) -> None:
-        """Makes the uplink: a link `rqu<n>` here, `up` in the router's namespace, and the host's rules.
+        """Makes the uplink: a link `rqu<n>` here, `wan` in the router's namespace, and the host's rules.
 
         Raises:
             NetworkRefused: the host does not forward, or a step failed; nothing is left then.
@@ -182,7 +183,6 @@ class Host:
                 != "1"
             ):
                 raise NetworkRefused(
-                    1,
                     "this host does not forward packets, which a sandbox with a network needs. "
                     f"Fix: sysctl -w net.ipv4.conf.{device}.forwarding=1",
                 )
@@ -194,7 +194,9 @@ class Host:
             here, there = uplink_addresses(number)
             name = f"rqu{number}"
             try:  # the name is the lock: two keepers cannot both have it
-                ip(f"link add {name} mtu {self.mtu} type veth peer name up mtu {self.mtu} netns {router_pid}")
+                ip(
+                    f"link add {name} mtu {self.mtu} type veth peer name wan mtu {self.mtu} netns {router_pid}"
+                )
             except NetworkRefused as error:
                 if "exist" in str(error).lower() and attempt < 63:
                     continue
@@ -249,8 +251,8 @@ def make_router() -> None:
 def finish_uplink(host: Host) -> None:
     """The router's end of the uplink."""
     ip(
-        f"addr add {host.router_address}/30 dev up",
-        "link set up up",
+        f"addr add {host.router_address}/30 dev wan",
+        "link set dev wan up",
         f"route add default via {host.host_address}",
     )
 
@@ -291,9 +293,7 @@ def add_tap(fd: int, *, owner: int, group: int, mtu: int) -> None:
         try:
             tun = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise NetworkRefused(
-                error.errno or 1, f"/dev/net/tun: {error.strerror}. Fix: modprobe tun"
-            ) from error
+            raise NetworkRefused(f"/dev/net/tun: {error.strerror}. Fix: modprobe tun") from error
         try:
             request = struct.pack("16sH22x", TAP.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
             fcntl.ioctl(tun, _TUNSETIFF, request)

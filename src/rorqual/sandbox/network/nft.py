@@ -98,21 +98,21 @@ table {TABLE} {{
     type filter hook forward priority filter; policy drop;
     meta nfproto != ipv4 drop
     ct state invalid drop
-    iifname "up" meta l4proto icmp ct state related accept
+    iifname "wan" meta l4proto icmp ct state related accept
     meta l4proto != {{ tcp, udp }} drop
     iifname . ip saddr @pairs iifname vmap @from
-    iifname "up" oifname vmap @back
+    iifname "wan" oifname vmap @back
   }}
   chain input {{
     type filter hook input priority filter; policy drop;
     meta nfproto != ipv4 drop
     iifname . ip saddr @pairs ip daddr {GATEWAY} udp dport {DNS_PORT} accept
     iifname . ip saddr @pairs ip daddr {GATEWAY} tcp dport {{ {DNS_PORT}, {PROXY_PORT} }} accept
-    iifname != "up" meta l4proto tcp reject with tcp reset
+    iifname != "wan" meta l4proto tcp reject with tcp reset
   }}
   chain nat {{
     type nat hook postrouting priority srcnat; policy accept;
-    oifname "up" masquerade
+    oifname "wan" masquerade
   }}
 }}
 """
@@ -202,7 +202,7 @@ def _chain(number: int, epoch: int, policy: Compiled, *, out: bool) -> list[str]
     rules = [f"ct mark {epoch} {counter} accept"]
     if out:
         rules += [
-            'oifname != "up" ' + refuse,  # another sandbox
+            'oifname != "wan" ' + refuse,  # another sandbox
             f"ct state new add @conns {{ ip saddr ct count over {CONNECTIONS} }} {refuse}",
         ]
     else:

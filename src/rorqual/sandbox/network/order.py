@@ -123,6 +123,11 @@ def network_name(spec: SandboxSpec) -> str:
     return spec.network.name if isinstance(spec.network, NetworkPolicy) else str(spec.network)
 
 
+def network_record(spec: SandboxSpec) -> dict[str, Any]:
+    """The record's fields: `network`, the policy's name, and `networked`, whether there is an interface."""
+    return {"network": network_name(spec), "networked": has_network(spec)}
+
+
 def guest_files(spec: SandboxSpec) -> list[dict[str, str]]:
     """Files of the sandbox's root that a network needs: path and text."""
     return [{"path": "/etc/resolv.conf", "text": RESOLV_CONF}] if has_network(spec) else []

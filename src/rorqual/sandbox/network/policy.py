@@ -272,3 +272,8 @@ def parse_policy(
             f"network: unknown key {sorted(map(str, unknown))[0]!r}; there are allow, deny, name"
         )
     return NetworkPolicy(**value)
+
+
+def plain_policy(value: str | Mapping[str, Any] | NetworkPolicy) -> str | Mapping[str, Any]:
+    """As JSON has it: what can be sent to an edge."""
+    return value.to_dict() if isinstance(value, NetworkPolicy) else value

@@ -18,10 +18,11 @@ import logging
 import re
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+import dns.exception
 import h11
 
 from rorqual.sandbox.network.addresses import GATEWAY, PROXY_PORT
@@ -120,9 +121,17 @@ def _escape(item: str) -> str:
 class SecretProxy:
     """Serves every sandbox of one gateway."""
 
-    def __init__(self, host: Host, *, guests: Callable[[str], Guest | None]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        *,
+        guests: Callable[[str], Guest | None],
+        resolve: Callable[[str], Awaitable[list[str]]] | None,
+    ) -> None:
+        """resolve: addresses of a host's name; None: as the host itself finds them."""
         self._host = host
         self._guest = guests
+        self._resolve = resolve
         self._server: asyncio.Server | None = None
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -170,9 +179,15 @@ class SecretProxy:
                     cafile=secret["ca"] or None
                 )
             async with asyncio.timeout(CONNECT_S):
-                found = await loop.run_in_executor(
-                    self._host.pool, lambda: socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
-                )
+                addresses = [name] if self._resolve is None else (await self._resolve(name))[:4]
+                found = [
+                    item
+                    for address in addresses
+                    for item in await loop.run_in_executor(
+                        self._host.pool,
+                        functools.partial(socket.getaddrinfo, address, port, type=socket.SOCK_STREAM),
+                    )
+                ]
                 error: OSError = OSError("no address")
                 for family, kind, _, _, address in found[:4]:
                     make = functools.partial(socket.socket, family, kind | socket.SOCK_NONBLOCK)
@@ -188,7 +203,7 @@ class SecretProxy:
                 raise error
         except TimeoutError:
             raise Denied(504, f"{name} did not answer in {CONNECT_S:g} s") from None
-        except OSError as error:
+        except (OSError, dns.exception.DNSException) as error:
             log.warning("a secret's host cannot be reached", extra={"host": name, "reason": str(error)})
             raise Denied(502, f"{name} cannot be reached: {type(error).__name__}") from None
 

@@ -262,6 +262,13 @@ class Resolver:
 
     # -- to the world
 
+    async def addresses(self, name: str) -> list[str]:
+        """Addresses of a name for the gateway's own use. Raises OSError, TimeoutError, dns.exception.DNSException."""
+        reply = await self._ask(name, dns.rdatatype.A)
+        assert isinstance(reply, dns.message.QueryMessage)
+        answer = reply.resolve_chaining().answer
+        return [record.address for record in answer] if answer is not None else []
+
     def _servers(self) -> list[tuple[str, int]]:
         if self._fixed:
             return self._fixed

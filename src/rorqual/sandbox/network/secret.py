@@ -86,12 +86,29 @@ class Secret:
         }
 
 
-def check_secrets(secrets: Mapping[str, Secret] | None) -> dict[str, Secret]:
-    """The checked mapping. Raises InvalidRequest."""
+def plain_secrets(secrets: Mapping[str, Secret | Mapping[str, Any]] | None) -> dict[str, Any] | None:
+    """As JSON has it, the values among it: what is sent to an edge. Never written down."""
+    if not isinstance(secrets, Mapping):
+        return secrets
+    return {
+        name: {**secret.public(), "value": secret.value} if isinstance(secret, Secret) else secret
+        for name, secret in secrets.items()
+    } or None
+
+
+def check_secrets(secrets: Mapping[str, Secret | Mapping[str, Any]] | None) -> dict[str, Secret]:
+    """The checked mapping, of Secrets or of their fields. Raises InvalidRequest."""
+    if secrets is not None and not isinstance(secrets, Mapping):
+        raise InvalidRequest("secrets: must be a mapping of names to Secrets")
     result: dict[str, Secret] = {}
     for name, secret in (secrets or {}).items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise InvalidRequest(f"secrets: {name!r} is not a name for one (A-Z, 0-9 and '_')")
+        if isinstance(secret, Mapping):
+            unknown = sorted({str(key) for key in secret} - set(Secret.__dataclass_fields__))
+            if unknown or not {"host", "value"} <= set(secret):
+                raise InvalidRequest(f"secrets: {name}: needs host and value; unknown: {unknown}")
+            secret = Secret(**secret)
         if not isinstance(secret, Secret):
             raise InvalidRequest(f"secrets: {name} must be a Secret, not {type(secret).__name__}")
         result[name] = secret

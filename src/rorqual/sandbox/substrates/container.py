@@ -22,12 +22,13 @@ from rorqual.sandbox.errors import HostUnfit, InvalidRequest, LaunchFailed, Unsu
 from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.keeper.client import KeeperClient, own_keeper
 from rorqual.sandbox.limits import SandboxSpec
+from rorqual.sandbox.network.order import guest_files, network_capabilities, network_order, network_record
+from rorqual.sandbox.network.secret import secret_envs
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates.base import Launched
 
 log = logging.getLogger(__name__)
 
-NETWORKS = ("offline",)
 _CAPABILITIES = frozenset(
     {"commands", "files", "pty", "background", "reattach", "trajectory", "mounts", "network:offline"}
 )
@@ -57,17 +58,12 @@ class Container:
         self._proven: dict[tuple[str, ...], host.HostPlan] = {}
 
     def capabilities(self) -> frozenset[str]:
-        return _CAPABILITIES | _NEED_FREEZER if cgroups.can_freeze() else _CAPABILITIES
+        names = _CAPABILITIES | network_capabilities()
+        return names | _NEED_FREEZER if cgroups.can_freeze() else names
 
     async def launch(
         self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
     ) -> Launched:
-        if spec.network not in NETWORKS:
-            raise Unsupported(
-                f"network={spec.network!r}",
-                reason="the container substrate has no network beyond its own loopback yet",
-                available=NETWORKS,
-            )
         plan = host.plan()
         if spec.runtime:
             names = [name for name, _ in plan.runtimes]
@@ -298,7 +294,8 @@ def launch_order(
         "seeded": bool(root.leases),
         "leases": list(root.leases),
         "directories": directories,
-        "files": [],
+        "files": guest_files(spec),
+        "network": network_order(spec, sandbox_id=sandbox_id),
         "binds": binds,
         "config": bundle.oci_config(
             spec, sandbox_id=sandbox_id, cgroup=cgroup, id_map=id_map, has_cgroups=plan.has_cgroups
@@ -315,12 +312,12 @@ def launch_order(
             "rootless": plan.rootless,
             "user": spec.user,
             "workdir": workdir,
-            "envs": {**root.envs, **spec.envs},
+            "envs": {**root.envs, **secret_envs(list(spec.secrets)), **spec.envs},
             "cpu": spec.cpu,
             "memory_mb": spec.memory_mb,
             "pids": spec.pids,
             "disk_mb": spec.disk_mb,
-            "network": spec.network,
+            **network_record(spec),
             "metadata": dict(spec.metadata),
             "created": time.time(),
             "spec": asdict(spec),
