@@ -10,7 +10,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "chat.md"
 
 def test_every_snippet_runs():
     snippets = re.findall(r"```python\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     namespace: dict[str, object] = {}
     for snippet in snippets:
         exec(compile(snippet, str(DOCS), "exec"), namespace)
