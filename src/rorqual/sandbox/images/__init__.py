@@ -1,4 +1,4 @@
-"""Root file systems: the host's own (`base`), Debian packages, OCI images, directories, and layers of remote stores."""
+"""Root file systems: the host's own (`base`), Debian packages, OCI images, directories, and images of layer stores."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from rorqual.sandbox.images.debian import build_debian
 from rorqual.sandbox.images.directory import import_directory
 from rorqual.sandbox.images.layers import holder_directory, layer_events, prepare
 from rorqual.sandbox.images.oci import import_oci
+from rorqual.sandbox.images.pull import Fetched, fetch, fetched, remote
+from rorqual.sandbox.images.push import publish, publish_trace
 from rorqual.sandbox.images.store import ImageInfo, images, remove_image, root_file_system
 from rorqual.sandbox.images.unpack import Bounds
 
 __all__ = [
     "Bounds",
+    "Fetched",
     "ImageInfo",
     "RootFs",
     "build_debian",
+    "fetch",
+    "fetched",
     "holder_directory",
     "images",
     "import_directory",
     "import_oci",
     "layer_events",
     "prepare",
+    "publish",
+    "publish_trace",
+    "remote",
     "remove_image",
     "root_file_system",
 ]

@@ -53,6 +53,8 @@ def import_directory(
         target.mkdir(parents=True, mode=0o755)
         budget = Budget(max_bytes=bounds.max_bytes, max_entries=bounds.max_entries)
         _copy(Path(path), target, budget)
+        for index in range(len(parts)):  # equal imports make equal layers
+            os.utime(root.joinpath(*parts[:index]), (0, 0))
         if owner is not None and os.geteuid() == 0:
             _give(target, owner)
         if not parts:

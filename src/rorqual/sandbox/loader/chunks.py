@@ -1,7 +1,7 @@
 """A remote layer's data on the local disk: which chunks exist, which are here, and whether they are what they must be.
 
 <layers>/<id>.lazy/
-    layer.json    where it comes from, and the sizes (images/remote.py writes it)
+    layer.json    where it comes from, and the sizes (images/pull.py writes it)
     meta.erofs    the image without the files' content, whole and checked
     table         the chunk table, checked
     data          the files' content, a sparse file that fills
@@ -148,6 +148,7 @@ class LayerCache:
                 present.flush()
                 present[: len(boot)] = boot
         finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)  # mmap keeps a copy of the descriptor, and with it the lock
             os.close(fd)
         return present
 

@@ -7,6 +7,7 @@ for once more, and then an error. Every error is an event. Standard library only
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -26,11 +27,17 @@ Report = Callable[..., None]
 """report(event, **fields)"""
 
 
+def _identity(directory: str) -> tuple[int, int]:
+    info = os.stat(directory)
+    return info.st_dev, info.st_ino
+
+
 class Fetcher:
     """One layer's chunks. Close it."""
 
     def __init__(self, directory: str, *, report: Report) -> None:
         self.cache = LayerCache(directory)
+        self._identity = _identity(directory)
         record = self.cache.record
         self.name = os.path.basename(directory).removesuffix(".lazy")
         self.remote: Remote = open_remote(str(record["url"]))
@@ -57,6 +64,12 @@ class Fetcher:
         self.save_trace()
         self.remote.close()
         self.cache.close()
+
+    def current(self) -> bool:
+        """Whether its directory is still the one of this name."""
+        with contextlib.suppress(OSError):
+            return _identity(self.cache.directory) == self._identity
+        return False
 
     # -- reading
     # ------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class Server:
             size = 0 if node == _ROOT else self._file(node).cache.size_bytes
             self._answer(unique, struct.pack("<QII", _DAY_S, 0, 0) + _attributes(node, size))
         elif opcode == _OPEN:
-            self._file(node)
+            self._open(self._file(node).name + ".lazy")
             self._answer(unique, struct.pack("<QII", 0, _OPEN_DIRECT, 0))
         elif opcode == _STATFS:
             self._answer(unique, struct.pack("<QQQQQIII", 0, 0, 0, 0, 0, 4096, 255, 4096) + bytes(28))
@@ -165,9 +165,10 @@ class Server:
 
     def _open(self, name: str) -> Fetcher | None:
         with self._lock:
-            if node_of(name) in self._files:
-                return self._files[node_of(name)]
-            try:
+            old = self._files.get(node_of(name))
+            if old is not None and old.current():
+                return old
+            try:  # an old one of a layer that was removed and came back stays open: reads of it may be under way
                 file = Fetcher(f"{self._layers}/{name}", report=self._report)
             except (OSError, ValueError, KeyError) as error:
                 self._report("loader", layer=name, detail=f"cannot be opened: {error}")
