@@ -17,10 +17,10 @@ from rorqual.sandbox.images.unpack import Root, furnish
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
 
-_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+)?")
+PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+)?")
 
 
-def _codename() -> str:
+def codename() -> str:
     for line in Path("/etc/os-release").read_text(encoding="utf-8").splitlines():
         if line.startswith("VERSION_CODENAME="):
             return line.partition("=")[2].strip('"')
@@ -49,7 +49,7 @@ def build_debian(
     state = state or StateDir.from_environment()
     state.prepare()
     image_directory(name, state=state)
-    wrong = [package for package in packages if not _PACKAGE.fullmatch(package)]
+    wrong = [package for package in packages if not PACKAGE.fullmatch(package)]
     if wrong or not re.fullmatch(r"[a-z]*", suite):
         raise InvalidRequest(
             f"packages, suite: {wrong or suite!r}: not the name of a Debian package or release"
@@ -70,7 +70,7 @@ def build_debian(
             "--dpkgopt=path-exclude=/usr/share/man/*",
             "--dpkgopt=path-exclude=/usr/share/locale/*",
             "--format=directory",
-            suite or _codename(),
+            suite or codename(),
             str(building / "rootfs"),
         ]
         if not packages:
