@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src/rorqual/sandbox/_async"
 TARGET = ROOT / "src/rorqual/sandbox/_sync"
-MODULES = ("commands", "files", "function", "pty", "sandbox")
+MODULES = ("commands", "files", "function", "ports", "pty", "sandbox")
 DUNDERS = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__call__": "__call__", "__repr__": "__repr__"}
 
 
@@ -129,7 +129,7 @@ class Module:
             )
         if "overload" in decorators:
             lines[-1] += " ..."
-        elif item.name == "__aenter__":
+        elif item.name == "__aenter__" and returns == owner:
             lines.append("    return self")
         elif item.name == "__repr__":
             lines.append("    return repr(self._inner)")

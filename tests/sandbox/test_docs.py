@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs/sandbox.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", TEXT, re.S | re.M)
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = ("sandbox.md", "sandbox-trajectory.md", "sandbox-ports.md")
+EXAMPLES = [
+    (page, code)
+    for page in PAGES
+    for code in re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.S | re.M)
+]
 
 
-@pytest.mark.parametrize("code", EXAMPLES, ids=[f"example {n}" for n in range(len(EXAMPLES))])
-def test_the_example_runs(code: str, runtime: str) -> None:
-    name = "<an example of docs/sandbox.md>"
+@pytest.mark.parametrize(
+    ("page", "code"), EXAMPLES, ids=[f"{page} {n}" for n, (page, _) in enumerate(EXAMPLES)]
+)
+def test_the_example_runs(page: str, code: str, runtime: str) -> None:
+    name = f"<an example of docs/{page}>"
     linecache.cache[name] = (
         len(code),
         None,
@@ -25,4 +32,4 @@ def test_the_example_runs(code: str, runtime: str) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 5
+    assert {page for page, _ in EXAMPLES} == set(PAGES) and len(EXAMPLES) >= 8

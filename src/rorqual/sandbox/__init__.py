@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from rorqual.sandbox._async.commands import AsyncCommandHandle
 from rorqual.sandbox._async.function import AsyncFunction
+from rorqual.sandbox._async.ports import AsyncForward, AsyncPortStream
 from rorqual.sandbox._async.pty import AsyncPtyHandle
 from rorqual.sandbox._async.sandbox import AsyncSandbox
 from rorqual.sandbox._guest import PtySize
+from rorqual.sandbox._replay import Difference, Replay
 from rorqual.sandbox._sync.commands import CommandHandle
 from rorqual.sandbox._sync.function import Function
+from rorqual.sandbox._sync.ports import Forward, PortStream
 from rorqual.sandbox._sync.pty import PtyHandle
 from rorqual.sandbox._sync.sandbox import Sandbox
 from rorqual.sandbox.doctor import doctor
@@ -51,12 +54,14 @@ from rorqual.sandbox.limits import Mount
 from rorqual.sandbox.network import NetworkPolicy, Secret, secret_url
 from rorqual.sandbox.prune import Pruned, prune
 from rorqual.sandbox.records import (
+    Address,
     Check,
     CommandInfo,
     CommandResult,
     FileEntry,
     FunctionFailure,
     FunctionResult,
+    Metrics,
     NetworkEvent,
     NetworkLog,
     Paused,
@@ -68,8 +73,11 @@ from rorqual.sandbox.trajectory import TrajectoryEntry
 
 __all__ = [
     "SUBSTRATES",
+    "Address",
     "AsyncCommandHandle",
+    "AsyncForward",
     "AsyncFunction",
+    "AsyncPortStream",
     "AsyncPtyHandle",
     "AsyncSandbox",
     "Check",
@@ -77,12 +85,14 @@ __all__ = [
     "CommandInfo",
     "CommandNotFound",
     "CommandResult",
+    "Difference",
     "EdgeError",
     "EdgeFull",
     "EdgeLost",
     "EdgeRefused",
     "EdgeUnreachable",
     "FileEntry",
+    "Forward",
     "Function",
     "FunctionFailure",
     "FunctionResult",
@@ -97,14 +107,17 @@ __all__ = [
     "ImageRejected",
     "InvalidRequest",
     "LaunchFailed",
+    "Metrics",
     "Mount",
     "NetworkEvent",
     "NetworkLog",
     "NetworkPolicy",
     "Paused",
+    "PortStream",
     "Pruned",
     "PtyHandle",
     "PtySize",
+    "Replay",
     "Sandbox",
     "SandboxEnded",
     "SandboxError",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +120,41 @@ class NetworkLog:
     """At most 512 of names and requests and 512 of addresses: of more, the latest and the first, respectively."""
     counters: Mapping[str, int]
     """sent, received and refused _packets and _bytes; dns_answered, _refused, _limited; secret_requests, _refused."""
+
+
+class Address(NamedTuple):
+    """Where a forward of a port listens on the host."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """'http://host:port'."""
+        return f"http://{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metrics:
+    """What a sandbox uses. None where this host or its substrate does not tell. A machine's are its monitor's."""
+
+    cpu_seconds: float
+    """Of all its processes since its start."""
+    memory_bytes: int
+    """Charged to it now, its memory-backed disk included."""
+    memory_peak_bytes: int | None
+    memory_limit_bytes: int
+    pids: int
+    """Processes and threads now."""
+    oom_kills: int | None
+    """Processes the memory limit has killed."""
+    disk_bytes: int | None
+    """In its writable layer now; None on the host's disk (disk_mb=None) and in machines."""
+    output_bytes: int
+    """Printed by commands that have ended, kept or not."""
+    network_received_bytes: int | None
+    """None without a network."""
+    network_sent_bytes: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

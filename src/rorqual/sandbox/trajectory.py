@@ -147,6 +147,12 @@ class Log:
             for seq, kind, request, result, stdout, stderr, started, ended, fed in rows
         ]
 
+    async def output_bytes(self, sandbox: str) -> int:
+        """Bytes printed by its commands that have ended, kept or not."""
+        work = self._submit(lambda: store.output_bytes(self._connection, sandbox=sandbox))
+        count: int = await asyncio.wrap_future(work)
+        return count
+
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         if self._failed:

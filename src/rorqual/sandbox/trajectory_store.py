@@ -114,6 +114,16 @@ def finish(
     )
 
 
+def output_bytes(connection: sqlite3.Connection, *, sandbox: str) -> int:
+    """Bytes printed by its commands that have ended."""
+    row = connection.execute(
+        "SELECT SUM(json_extract(result, '$.stdout_bytes') + json_extract(result, '$.stderr_bytes')) "
+        "FROM trajectory WHERE sandbox = ? AND kind = 'command'",
+        (sandbox,),
+    ).fetchone()
+    return int(row[0] or 0)
+
+
 def append_end(path: str, *, sandbox: str, cause: str, detail: str) -> None:
     """One finished `ended` row, in its own connection."""
     connection = connect(path)

@@ -28,10 +28,12 @@ from rorqual.sandbox._address import edge_place
 from rorqual.sandbox._async.commands import AsyncCommands
 from rorqual.sandbox._async.files import AsyncFiles
 from rorqual.sandbox._async.function import AsyncFunction
+from rorqual.sandbox._async.ports import AsyncPorts
 from rorqual.sandbox._async.pty import AsyncPty
 from rorqual.sandbox._ended import ended_session
 from rorqual.sandbox._forward import Forward
 from rorqual.sandbox._guest import GuestClient
+from rorqual.sandbox._metrics import measure
 from rorqual.sandbox._reattach import forward_of
 from rorqual.sandbox._replay import Replay, replay
 from rorqual.sandbox._session import Session
@@ -51,7 +53,7 @@ from rorqual.sandbox.limits import FunctionSpec, Mount, SandboxSpec, parse_mount
 from rorqual.sandbox.network import NetworkPolicy, Secret
 from rorqual.sandbox.network.policy import parse_policy, plain_policy
 from rorqual.sandbox.network.secret import check_secrets, plain_secrets, vault
-from rorqual.sandbox.records import NetworkEvent, NetworkLog, Paused, SandboxInfo, Snapshot
+from rorqual.sandbox.records import Metrics, NetworkEvent, NetworkLog, Paused, SandboxInfo, Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates import Launched, substrate
 from rorqual.sandbox.trajectory import Log, TrajectoryEntry, open_log
@@ -337,6 +339,11 @@ class AsyncSandbox:
         return self._session.id
 
     @property
+    def ports(self) -> AsyncPorts:
+        """TCP ports inside, from the host; with `network="offline"`, too."""
+        return AsyncPorts(self._session)
+
+    @property
     def cause(self) -> str | None:
         """Why it ended, one of errors.Cause; None while it lives."""
         return self._session.ended[0] if self._session.ended is not None else None
@@ -344,6 +351,12 @@ class AsyncSandbox:
     async def info(self) -> SandboxInfo:
         """What it is and what holds its limits. Raises SandboxEnded when it is over."""
         return _info(await self._record())
+
+    async def metrics(self) -> Metrics:
+        """What it uses now, measured on the host; a paused one stays paused. Raises SandboxEnded."""
+        record = await self._record()
+        printed = await self._session.log.output_bytes(self.id)
+        return await asyncio.to_thread(measure, record, output_bytes=printed)
 
     async def set_timeout(self, timeout: float) -> None:
         """Sets its remaining lifetime, seconds from now."""

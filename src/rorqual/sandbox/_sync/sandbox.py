@@ -14,11 +14,12 @@ from rorqual.sandbox._replay import Replay
 from rorqual.sandbox._sync.commands import Commands
 from rorqual.sandbox._sync.files import Files
 from rorqual.sandbox._sync.function import Function
+from rorqual.sandbox._sync.ports import Ports
 from rorqual.sandbox._sync.pty import Pty
 from rorqual.sandbox.images import Bounds
 from rorqual.sandbox.limits import Mount
 from rorqual.sandbox.network import NetworkPolicy, Secret
-from rorqual.sandbox.records import NetworkLog, Paused, SandboxInfo, Snapshot
+from rorqual.sandbox.records import Metrics, NetworkLog, Paused, SandboxInfo, Snapshot
 from rorqual.sandbox.trajectory import TrajectoryEntry
 
 
@@ -202,6 +203,11 @@ class Sandbox:
         return self._inner.id
 
     @property
+    def ports(self) -> Ports:
+        """TCP ports inside, from the host; with `network="offline"`, too."""
+        return Ports(self._inner.ports)
+
+    @property
     def cause(self) -> str | None:
         """Why it ended, one of errors.Cause; None while it lives."""
         return self._inner.cause
@@ -209,6 +215,10 @@ class Sandbox:
     def info(self) -> SandboxInfo:
         """What it is and what holds its limits. Raises SandboxEnded when it is over."""
         return run(self._inner.info())
+
+    def metrics(self) -> Metrics:
+        """What it uses now, measured on the host; a paused one stays paused. Raises SandboxEnded."""
+        return run(self._inner.metrics())
 
     def set_timeout(self, timeout: float) -> None:
         """Sets its remaining lifetime, seconds from now."""
