@@ -29,7 +29,7 @@ from rorqual.engine import Engine
 from rorqual.engine.layout import PAGE_TOKENS, CacheLayout
 from rorqual.engine.sequence import replay_tokens
 from rorqual.engine.snapshot import Snapshot, snapshot_bytes
-from rorqual.engine.store import PageStore, WindowStrategy
+from rorqual.engine.store import PageStore, StoreConfig, WindowStrategy
 from rorqual.model import Config, Model
 from rorqual.model.quant import pack_entry, pack_index_key
 
@@ -152,7 +152,9 @@ def run(tokens: int, repeats: int) -> dict[str, Any]:
 
     for strategy in WindowStrategy:
         with tempfile.TemporaryDirectory() as directory:
-            with PageStore(directory, layout, fingerprint=engine.fingerprint(), strategy=strategy) as store:
+            with PageStore(
+                StoreConfig(directory=directory, window=strategy), layout, fingerprint=engine.fingerprint()
+            ) as store:
                 started = time.perf_counter()
                 for end in range(TURN, tokens + 1, TURN):
                     every = range(end - TURN + PAGE_TOKENS, end + 1, PAGE_TOKENS)

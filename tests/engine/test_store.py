@@ -17,8 +17,9 @@ from rorqual.engine.layout import CacheLayout
 from rorqual.engine.pool import PagePool
 from rorqual.engine.prefix import PrefixTree
 from rorqual.engine.sequence import PagedSequence, replay_tokens
+from rorqual.engine.sequence_file import load_file, save_file
 from rorqual.engine.snapshot import Snapshot, snapshot_bytes
-from rorqual.engine.store import PageStore, WindowStrategy, load_file, save_file
+from rorqual.engine.store import PageStore, StoreConfig, WindowStrategy
 from rorqual.model import Config
 
 MODEL = b"m" * 32
@@ -26,7 +27,11 @@ BOUND = {"exact": 2e-5, "packed": 2e-3}
 
 
 def _store(directory, paging, **options):
-    return PageStore(directory, paging.pool.layout, fingerprint=MODEL, **options)
+    clock = {"clock": options.pop("clock")} if "clock" in options else {}
+    if "strategy" in options:
+        options["window"] = options.pop("strategy")
+    config = StoreConfig(directory=directory, **options)
+    return PageStore(config, paging.pool.layout, fingerprint=MODEL, **clock)
 
 
 def _put(store, sequence):
@@ -81,7 +86,7 @@ def test_bytes_written_stay_below_a_tenth_more_than_the_new_tokens_at_real_dimen
     snapshots = {}
     for at in range(128, total + 1, 128):
         snapshots[at] = Snapshot(at, np.zeros(snapshot_bytes(layout, at), dtype=np.uint8))
-    with PageStore(tmp_path, layout, fingerprint=MODEL) as store:
+    with PageStore(StoreConfig(directory=tmp_path), layout, fingerprint=MODEL) as store:
         for end in range(turn, total + 1, turn):
             last = end // 128 * 128
             store.put(ids[:end], pages, pool=pool, snapshots=[snapshots[last]])
@@ -133,7 +138,7 @@ def test_files_of_others_are_refused(paging, opened, prompt, tmp_path):
         with pytest.raises(SequenceFileError, match="in use by another process"):
             _store(tmp_path, paging)
     with pytest.raises(SequenceFileError, match="another model"):
-        PageStore(tmp_path, paging.pool.layout, fingerprint=b"x" * 32)
+        PageStore(StoreConfig(directory=tmp_path), paging.pool.layout, fingerprint=b"x" * 32)
     (tmp_path / "prefixes.rqk").write_bytes(b"SQLite format 3\0" * 100)
     with pytest.raises(SequenceFileError, match="not a saved sequence or cache file"):
         _store(tmp_path, paging)
@@ -262,13 +267,13 @@ WRITER = """
 import sys, numpy as np
 from rorqual.engine.layout import CacheLayout
 from rorqual.engine.pool import PagePool
-from rorqual.engine.store import PageStore
+from rorqual.engine.store import PageStore, StoreConfig
 from rorqual.model import Config
 layout = CacheLayout(Config.preset("tiny"), "packed")
 pool = PagePool(layout, kv_bytes=1 << 30)
 ids = list(range(128)) * 4000
 pages = []
-with PageStore(sys.argv[1], layout, fingerprint=b"m" * 32) as store:
+with PageStore(StoreConfig(directory=sys.argv[1]), layout, fingerprint=b"m" * 32) as store:
     print("open", flush=True)
     for n in range(4000):
         pages += pool.take_pages(1)
@@ -298,7 +303,7 @@ def test_kill_minus_nine_while_writing_keeps_every_page_that_was_reported(tmp_pa
             done = [line for line in process.stdout.read().split() if line.isdigit()]
         process.wait()
         pool = PagePool(layout, kv_bytes=1 << 30)
-        with PageStore(tmp_path, layout, fingerprint=MODEL) as store:
+        with PageStore(StoreConfig(directory=tmp_path), layout, fingerprint=MODEL) as store:
             depth = store.depth(ids) // 128
             assert depth >= (int(done[-1]) + 1 if done else reported + 18)
             pages, _ = store.load(ids, pool=pool)

@@ -1,10 +1,10 @@
 """Engine: generation with a V4 model: cached, streamed, one sequence or many. Needs 'rorqual[model]'."""
 
 from rorqual.engine.batch import Batch, BatchEvent, BatchFound
-from rorqual.engine.engine import Engine, FinishReason, KVUsage, SequenceState, TokenEvent
+from rorqual.engine.engine import Engine, FinishReason, KVUsage, Located, Pinned, SequenceState, TokenEvent
 from rorqual.engine.errors import CacheFull, ContextOverflow, EngineError, PromptError, SequenceFileError
 from rorqual.engine.sampler import Allowed, SamplingParams, TokenGuide
-from rorqual.engine.store import WindowStrategy
+from rorqual.engine.store import StoreConfig, WindowStrategy
 
 __all__ = [
     "Allowed",
@@ -17,10 +17,13 @@ __all__ = [
     "EngineError",
     "FinishReason",
     "KVUsage",
+    "Located",
+    "Pinned",
     "PromptError",
     "SamplingParams",
     "SequenceFileError",
     "SequenceState",
+    "StoreConfig",
     "TokenEvent",
     "TokenGuide",
     "WindowStrategy",

@@ -28,13 +28,14 @@ from rorqual.engine.errors import (
 from rorqual.engine.layout import PAGE_TOKENS, CacheFormat, CacheLayout
 from rorqual.engine.native_runner import NativeRunner, native_runner
 from rorqual.engine.pool import PagePool
-from rorqual.engine.prefix import Match, PrefixTree
+from rorqual.engine.prefix import Match, Pin, PrefixTree
 from rorqual.engine.runner import Runner
 from rorqual.engine.sampler import SamplingParams, sample
 from rorqual.engine.sequence import PagedSequence, Paging
+from rorqual.engine.sequence_file import load_file, save_file
 from rorqual.engine.speculative import Speculation, speculate
 from rorqual.engine.spill import SpillArea
-from rorqual.engine.store import PageStore, WindowStrategy, load_file, save_file
+from rorqual.engine.store import PageStore, StoreConfig, WindowStrategy
 from rorqual.engine.torch_runner import TorchRunner
 from rorqual.model import Config, Model
 from rorqual.model.packed import PackedWeights
@@ -82,6 +83,28 @@ class Found:
     """Tokens of it that only the disk had."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What `Engine.pin` keeps."""
+
+    tree: Pin | None
+    store: Sequence[object]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Located:
+    """Tokens of a prefix by where they lie."""
+
+    live: int
+    """In pages that a running sequence holds too."""
+    memory: int
+    """In memory, the live ones included."""
+    disk: int
+    """On disk, whether in memory too or not."""
+    page_bytes: int
+    """Of its pages in memory."""
+
+
 class Engine:
     """Generates with a model: a `Model`, the directory of one, or packed `Weights` (native path only).
 
@@ -89,11 +112,12 @@ class Engine:
     prefill_chunk: most prompt tokens of a step. cache_format: `exact` (fp32 rows: parity, RL) or `packed` (584-byte
     entries: long contexts); decision 0010. max_running: most sequences in one step of a batch. prefix_cache: keep
     prefixes in unused pages. store: a directory that keeps prefixes across restarts, `window` is how it keeps what a
-    restart needs beside the pages. runner: `auto`, or `torch` for the reference path. drafts: how many tokens the MTP
-    head may draft at a time in `generate` (0: none); the output is the same to the bit (speculative.py).
-    expert_bytes: keep a directory's weights packed and mapped, and at most so many bytes of routed experts in memory,
-    read when needed: for models larger than memory (native path only). unit_tokens: a batch keeps what it is fed as a
-    prefix, on disk too, whenever it has passed a multiple of this (of 128 itself), not only at the end.
+    restart needs beside the pages; or a `StoreConfig`, with bounds. runner: `auto`, or `torch` for the reference path.
+    drafts: how many tokens the MTP head may draft at a time in `generate` (0: none); the output is the same to the bit
+    (speculative.py). expert_bytes: keep a directory's weights packed and mapped, and at most so many bytes of routed
+    experts in memory, read when needed: for models larger than memory (native path only). unit_tokens: a batch keeps
+    what it is fed as a prefix, on disk too, whenever it has passed a multiple of this (of 128 itself), not only at the
+    end.
 
     Raises ConfigError or CheckpointError when a directory cannot be loaded, SequenceFileError when `store` cannot be
     used, EngineError when packed weights have no native library to run them.
@@ -108,7 +132,7 @@ class Engine:
         cache_format: CacheFormat = "exact",
         max_running: int = 256,
         prefix_cache: bool = True,
-        store: str | Path | None = None,
+        store: str | Path | StoreConfig | None = None,
         window: WindowStrategy = WindowStrategy.PERIODIC,
         runner: Literal["auto", "torch"] = "auto",
         drafts: int = 0,
@@ -146,7 +170,9 @@ class Engine:
             self.pool.reclaim = self.prefixes.evict
         self.store: PageStore | None = None
         if store is not None:
-            self.store = PageStore(store, layout, fingerprint=self.fingerprint(), strategy=window)
+            if not isinstance(store, StoreConfig):
+                store = StoreConfig(directory=store, window=window)
+            self.store = PageStore(store, layout, fingerprint=self.fingerprint())
         self.spills = SpillArea(memory_bytes=kv_bytes, store=self.store)
         self.drafts = drafts if isinstance(self.runner, NativeRunner) else 0
         self.speculation = Speculation()
@@ -263,6 +289,52 @@ class Engine:
             return 0
         finally:
             self.prefixes.unpin(pin)
+
+    def pin(self, ids: Sequence[int], *, space: str = "") -> Pinned:
+        """Keeps what is cached of `ids`, in memory and on disk, until `unpin`."""
+        tree = None if self.prefixes is None else self.prefixes.pin(ids, space=space)
+        return Pinned(tree, () if self.store is None else self.store.pin(ids, space=space))
+
+    def unpin(self, pinned: Pinned) -> None:
+        """Takes back one `pin`."""
+        if self.prefixes is not None and pinned.tree is not None:
+            self.prefixes.unpin(pinned.tree)
+        if self.store is not None:
+            self.store.unpin(pinned.store)
+
+    def locate(self, ids: Sequence[int], *, space: str = "") -> Located:
+        """Where what is cached of `ids` lies."""
+        pages: list[int] = []
+        tokens = 0
+        if self.prefixes is not None:
+            pages = self.prefixes.branch(ids, space=space)[0]
+            tokens = self.prefixes.match([*ids, 0], space=space).tokens
+        live = next((n for n, page in enumerate(pages) if self.pool.references(page) < 2), len(pages))
+        return Located(
+            live=live * PAGE_TOKENS,
+            memory=max(tokens, len(pages) * PAGE_TOKENS),
+            disk=0 if self.store is None else self.store.depth(ids, space=space),
+            page_bytes=len(pages) * self.pool.layout.page_bytes,
+        )
+
+    def checkpoint(self, ids: Sequence[int], *, space: str = "") -> int:
+        """Writes what memory holds of `ids` to disk now, whatever the budget; returns the tokens that lie there.
+
+        Raises EngineError without a store, SequenceFileError when the disk refuses.
+        """
+        if self.store is None or self.prefixes is None:
+            raise EngineError("this engine keeps nothing on disk: open it with a store")
+        pages, snapshots = self.prefixes.branch(ids, space=space)
+        whole = ids[: len(pages) * PAGE_TOKENS]
+        self.store.put(whole, pages, pool=self.pool, snapshots=snapshots, space=space, last=True)
+        return self.store.depth(ids, space=space)
+
+    def discard(self, ids: Sequence[int], *, space: str = "") -> None:
+        """Forgets what only `ids` goes through, in memory and on disk; what is pinned stays."""
+        if self.prefixes is not None:
+            self.prefixes.forget(ids, space=space)
+        if self.store is not None:
+            self.store.discard(ids, space=space)
 
     def keep(
         self,

@@ -390,6 +390,11 @@ class PrefixTree:
             ids = np.frombuffer(b"".join(node.key for node in path), dtype="<i4").tolist()
             yield space, ids, [n.page for n in path], [n.snapshot for n in path if n.snapshot is not None]
 
+    def branch(self, ids: Sequence[int], *, space: str = "") -> tuple[list[int], list[Snapshot]]:
+        """Pages and snapshots of what is known of `ids`, whole pages only."""
+        path = self._path(ids, space)
+        return [n.page for n in path], [n.snapshot for n in path if n.snapshot is not None]
+
     def held_pages(self) -> list[int]:
         """The pages the tree holds a reference to."""
         return [node.page for node in self._nodes()]

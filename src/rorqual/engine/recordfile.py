@@ -3,20 +3,25 @@
     file   = header (64 bytes: magic, version, page_bytes, fingerprint, CRC32) record*
     record = head (40 bytes: magic, kind, parent, lengths, CRC32 of meta, of data, of head) meta data
 Little-endian. Records are numbered in order; a parent is the number of an earlier record or NONE. Appends go to the
-end and are never rewritten; the scan at opening stops at the first record that is not whole, and the next append
-starts there. Meta is checked at the scan, data when it is read, through a mapping.           (decision 0011)
+end and are never rewritten; a punched record has no data any more. The scan at opening stops at the first record that
+is not whole, and the next append starts there. Meta is checked at the scan, data when it is read, through a mapping.
+(decisions 0011 and 0020)
 Owns bytes. Never knows what a record means: store.py does.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
+import logging
 import mmap
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,7 +31,9 @@ from numpy.typing import NDArray
 
 from rorqual.engine.errors import SequenceFileError
 
-__all__ = ["NONE", "NewRecord", "Record", "RecordFile"]
+__all__ = ["HEAD_BYTES", "NONE", "NewRecord", "Record", "RecordFile", "Syncer"]
+
+log = logging.getLogger(__name__)
 
 VERSION = 1
 NONE = 0xFFFFFFFF
@@ -34,7 +41,11 @@ NONE = 0xFFFFFFFF
 _FILE = struct.Struct("<8sII32s12xI")
 _HEAD = struct.Struct("<4sIIIQIII4x")
 _FILE_MAGIC, _MAGIC = b"RORQUALK", b"RQRC"
+HEAD_BYTES = _HEAD.size
 META_LIMIT = 1 << 24
+BLOCK = 4096
+"""Bytes that a file system gives back as one."""
+_PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,7 @@ class RecordFile:
         self.lost_bytes = 0
         """Bytes at the end that held no whole record when the file was opened."""
         self._map: mmap.mmap | None = None
+        self._told_no_holes = False
         flags = os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY
         try:
             self._fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
@@ -193,6 +205,37 @@ class RecordFile:
             ) from error
         self._end = at
 
+    def sync(self) -> None:
+        """Makes durable what was appended without. Raises SequenceFileError when the disk refuses."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise SequenceFileError(f"{self.path} cannot be written: {error.strerror}") from error
+
+    def punch(self, records: Sequence[Record]) -> None:
+        """Gives the blocks of these records' data back to the file system; nobody may read them any more. Where it
+        cannot, they stay until the file is written anew, and the log says so once."""
+        for record in records:
+            begin = -(-record.at // BLOCK) * BLOCK
+            length = (record.at + record.size) // BLOCK * BLOCK - begin
+            self.records[record.number] = replace(record, meta=b"")
+            if length > 0 and not self._punch(begin, length):
+                return
+
+    def _punch(self, start: int, length: int) -> bool:
+        libc = ctypes.CDLL(None, use_errno=True)
+        offset = ctypes.c_int64
+        if not libc.fallocate(self._fd, _PUNCH_HOLE_KEEP_SIZE, offset(start), offset(length)):
+            return True
+        code = ctypes.get_errno()
+        if not self._told_no_holes:
+            self._told_no_holes = True
+            why = errno.errorcode.get(code, str(code))
+            log.warning(
+                "%s: the file system makes no holes (%s): it shrinks at the next start", self.path, why
+            )
+        return False
+
     def read(self, record: Record) -> NDArray[np.uint8]:
         """The data of a record, a view into the mapping that lasts as long as it is held.
 
@@ -218,6 +261,8 @@ class RecordFile:
     def close(self) -> None:
         """Closes the file. Views that were read stay valid. Idempotent."""
         if self._fd >= 0:
+            if self.writable:  # a view that somebody still holds keeps a twin of the descriptor, and so the lock
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1
         self._map = None
@@ -229,6 +274,36 @@ class RecordFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Syncer:
+    """Makes a file's appends durable from a thread of its own, soon after `wake`. A disk that refuses is told."""
+
+    def __init__(self, file: RecordFile) -> None:
+        self._file = file
+        self._event = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="rorqual-sync", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There is something new."""
+        self._event.set()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._event.wait()
+            self._event.clear()
+            try:
+                self._file.sync()
+            except SequenceFileError as error:
+                log.warning("a cache file is not safe from a loss of power: %s", error)
+
+    def close(self) -> None:
+        """Syncs once more and ends. Idempotent."""
+        self._closing = True
+        self._event.set()
+        self._thread.join()
 
 
 def _file_head(fingerprint: bytes, page_bytes: int) -> bytes:

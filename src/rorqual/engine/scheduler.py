@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import Tensor
 
 from rorqual.engine.errors import CacheFull
-from rorqual.engine.prefix import Match, Pin
+from rorqual.engine.prefix import Match
 from rorqual.engine.sampler import Allowed, SamplingParams, TokenGuide, sample
 from rorqual.engine.sequence import PagedSequence
 from rorqual.engine.spill import Spilled
 
 if TYPE_CHECKING:
-    from rorqual.engine.engine import Engine
+    from rorqual.engine.engine import Engine, Pinned
 
 __all__ = ["Drawn", "Row", "Scheduler"]
 
@@ -59,7 +59,7 @@ class Row:
     """What `guide` said of the next draw."""
     keep_at: tuple[int, ...] = ()
     """Positions, ascending, that are worth keeping to the token."""
-    pin: Pin | None = None
+    pin: Pinned | None = None
     """What it will begin at, kept from eviction until then."""
     found: Match | None = None
     """What it began at."""
@@ -127,8 +127,8 @@ class Scheduler:
         assert row.key not in self.rows
         row.order, self._orders = self._orders, self._orders + 1
         row.turn = self._steps
-        if self.prefixes and row.sequence is None and self.engine.prefixes is not None:
-            row.pin = self.engine.prefixes.pin(list(row.pending), space=row.space)
+        if self.prefixes and row.sequence is None:
+            row.pin = self.engine.pin(list(row.pending), space=row.space)
         self.rows[row.key] = row
 
     def remove(self, key: int) -> None:
@@ -182,8 +182,8 @@ class Scheduler:
             self.engine.keep(row.sequence, space=row.space, frontiers=marks, warm=row.warm)
 
     def _unpin(self, row: Row) -> None:
-        if row.pin is not None and self.engine.prefixes is not None:
-            self.engine.prefixes.unpin(row.pin)
+        if row.pin is not None:
+            self.engine.unpin(row.pin)
         row.pin = None
 
     # --- a step

@@ -1,29 +1,32 @@
-"""PageStore: prefixes on disk, written once; and the files of saved sequences. Both are record files (recordfile.py).
+"""PageStore: prefixes on disk, written once, within a bound of bytes and of bytes a second.
 
 A page record holds 128 token ids and the page over all layers; its parent is the page before it: the file is the
-prefix tree. A snapshot record stands at a page. A tail record holds what lies behind the last whole page: tokens, the
-open page, the exact rings, and the logits of a saved sequence. A turn of a conversation writes its new pages alone.
+prefix tree. A snapshot record stands at a page; a tail record ends a spilled sequence (sequence_file.py). A turn of a
+conversation writes its new pages alone.
 
 Window strategies, for the rows that a restart needs beside the pages (spec/model.md 3.1):
     full      a snapshot at every page boundary it is given: restarts replay nothing, 8 times the bytes
     periodic  snapshots as long as they stay below a tenth of the pages' bytes, one of them saved for the end: a
               restart replays nothing, one after a kill some
     zero      none: restarts replay `replay_tokens` tokens
-What is damaged is a miss, and said in the log and in the statistics; never wrong logits.          (decision 0011)
+When the bound is reached, least recently used leaves go: a tombstone record names them, and their bytes go back to
+the file system in place, so that letting go writes next to nothing. Opening compacts a file that is mostly dead. What
+is damaged is a miss, and said in the log and in the statistics; never wrong logits.    (decisions 0011 and 0020)
 Owns files. Pages in memory are the pool's and the prefix tree's.
 """
 
 from __future__ import annotations
 
 import enum
-import json
+import heapq
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,18 +34,31 @@ from numpy.typing import NDArray
 from rorqual.engine.errors import SequenceFileError
 from rorqual.engine.layout import PAGE_TOKENS, CacheLayout
 from rorqual.engine.pool import PagePool
-from rorqual.engine.prefix import page_keys
-from rorqual.engine.recordfile import NONE, NewRecord, Record, RecordFile
+from rorqual.engine.prefix_match import page_keys
+from rorqual.engine.recordfile import HEAD_BYTES, NONE, NewRecord, Record, RecordFile, Syncer
 from rorqual.engine.sequence import PagedSequence, Paging
+from rorqual.engine.sequence_file import (
+    DEAD,
+    PAGE,
+    SNAPSHOT,
+    TAIL,
+    frozen_copy,
+    rebuild,
+    tail_meta,
+    tail_record,
+)
 from rorqual.engine.snapshot import Snapshot
 
-__all__ = ["PageStore", "StoreStatistics", "WindowStrategy", "load_file", "save_file"]
+__all__ = ["PageStore", "StoreConfig", "StoreStatistics", "WindowStrategy"]
 
 log = logging.getLogger(__name__)
 
-PAGE, SNAPSHOT, TAIL = 1, 2, 3
 PERIODIC_SHARE = 0.09
 """Snapshots a periodic store may write for each byte of pages: all it writes stays below 1.1 times the pages."""
+BURST_SECONDS = 60.0
+"""What a store that did not write for so long may write at once."""
+COMPACT_BYTES = 1 << 20
+"""A file with fewer dead bytes is not worth a copy."""
 
 
 class WindowStrategy(enum.Enum):
@@ -54,15 +70,40 @@ class WindowStrategy(enum.Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoreConfig:
+    """Where and how prefixes are kept on disk. Raises ValueError, naming the field."""
+
+    directory: str | Path
+    window: WindowStrategy = WindowStrategy.PERIODIC
+    limit_bytes: int | None = None
+    """Bytes on disk; beyond them least recently used prefixes go. None: no bound."""
+    bytes_per_second: int | None = None
+    """What may be written over time; what is over it stays in memory until the engine closes. None: no bound."""
+    sync: Literal["now", "later"] = "now"
+    """Whether a write is durable against a loss of power on return, or soon after (a kill loses nothing)."""
+
+    def __post_init__(self) -> None:
+        for name in ("limit_bytes", "bytes_per_second"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoreStatistics:
     """Counts since the store was opened, and what the file holds."""
 
     file_bytes: int
+    """Length of the file; what was let go of has no blocks in it."""
+    live_bytes: int
     pages: int
     snapshots: int
     written_bytes: int
     new_page_bytes: int
     """Of the pages that were written: what had to be."""
+    evicted_pages: int
+    deferred_pages: int
+    """Pages that were not written for want of room or budget, each time counted."""
     damaged: int
     """Records that did not match their checksum when they were read."""
 
@@ -75,6 +116,8 @@ class _Node:
     depth: int
     children: dict[bytes, _Node] = field(default_factory=dict)
     snapshot: Record | None = None
+    used: int = 0
+    pins: int = 0
 
     @property
     def number(self) -> int:
@@ -82,46 +125,65 @@ class _Node:
 
 
 class PageStore:
-    """The prefixes of one model and cache format in `directory`. One process at a time; used by one thread.
+    """The prefixes of one model and cache format in a directory. One process at a time; used by one thread.
 
-    `limit_bytes` bounds the file: beyond it nothing is written any more (`put` returns what it wrote; the log says
-    so once). Raises SequenceFileError when the file cannot be used: of another model, locked, no file of ours.
+    Raises SequenceFileError when the file cannot be used: of another model, locked, no file of ours. clock: seconds.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        config: StoreConfig,
         layout: CacheLayout,
         *,
         fingerprint: bytes,
-        strategy: WindowStrategy = WindowStrategy.PERIODIC,
-        limit_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.layout, self.strategy, self.limit_bytes = layout, strategy, limit_bytes
-        self.directory = Path(directory)
+        self.layout, self.config = layout, config
+        self.directory = Path(config.directory)
+        self._fingerprint, self._clock = fingerprint, clock
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise SequenceFileError(f"{directory} cannot be made: {error.strerror}") from error
-        self._file = RecordFile(
-            self.directory / "prefixes.rqk",
-            fingerprint=fingerprint,
-            page_bytes=layout.page_bytes,
-            writable=True,
-        )
-        self._roots: dict[bytes, _Node] = {}
-        self._nodes: dict[int, _Node] = {}  # by record number
-        self._tails: dict[str, Record] = {}
-        self._written = self._page_bytes = self._damaged = self._snapshots = 0
-        self._page_total = self._snapshot_total = 0  # of the whole file: the periodic budget
+            raise SequenceFileError(f"{self.directory} cannot be made: {error.strerror}") from error
+        self._written = self._page_bytes = self._damaged = self._evicted = self._deferred = 0
+        self._credit, self._credit_at = self._burst, clock()
         self._told_full = False
-        for record in self._file.records:
-            self._index(record)
+        self._syncer: Syncer | None = None
+        self._file = self._open(self.directory / "prefixes.rqk")
         if self._file.lost_bytes:
             log.warning(
                 "the end of a cache file held no whole record and is cut off",
                 extra={"path": str(self._file.path), "bytes": self._file.lost_bytes},
             )
+        self._read_index()
+        if self._file.nbytes - self.live_bytes > max(self.live_bytes, COMPACT_BYTES):
+            try:
+                self.compact()
+            except SequenceFileError as error:
+                log.warning("%s", error)
+        if config.sync == "later":
+            self._syncer = Syncer(self._file)
+
+    def _open(self, path: Path) -> RecordFile:
+        return RecordFile(
+            path, fingerprint=self._fingerprint, page_bytes=self.layout.page_bytes, writable=True
+        )
+
+    def _read_index(self) -> None:
+        self._roots: dict[bytes, _Node] = {}
+        self._nodes: dict[int, _Node] = {}  # by record number
+        self._tails: dict[str, Record] = {}
+        self._tail_paths: dict[str, list[_Node]] = {}
+        self._snapshots = self._tick = 0
+        self._page_total = self._snapshot_total = 0  # of the whole file: the periodic budget
+        self.live_bytes = 0
+        """Bytes of the records that are in use."""
+        for record in list(self._file.records):
+            self._index(record)
+        stale = list(self._tails.values())  # of sequences that a process spilled which is no more
+        self._tails.clear()
+        self.live_bytes -= sum(map(_bytes_of, stale))
+        self._drop_records(stale)
 
     def _index(self, record: Record) -> None:
         if (
@@ -136,7 +198,7 @@ class PageStore:
                 parent = self._nodes[record.parent]
             else:
                 return
-            node = _Node(record, parent, key, parent.depth + 1)
+            node = _Node(record, parent, key, parent.depth + 1, used=self._tick)
             parent.children[key] = node
             self._nodes[record.number] = node
             self._page_total += record.size
@@ -145,9 +207,25 @@ class PageStore:
             self._snapshot_total += record.size
             self._snapshots += 1
         elif record.kind == TAIL:
-            name = _tail_meta(record).get("name")
+            name = tail_meta(record).get("name")
             if isinstance(name, str):
                 self._tails[name] = record
+        elif record.kind == DEAD and len(record.meta) % 4 == 0:
+            for number in np.frombuffer(record.meta, dtype="<u4").tolist():
+                self._bury(number)
+            return
+        else:
+            return
+        self.live_bytes += _bytes_of(record)
+
+    def _bury(self, number: int) -> None:
+        """What a tombstone says: this record is no more."""
+        node = self._nodes.get(number)
+        if node is not None and not node.children:
+            self._unlink(node)
+            return
+        for tail in [name for name, record in self._tails.items() if record.number == number]:
+            self.live_bytes -= _bytes_of(self._tails.pop(tail))
 
     def __enter__(self) -> Self:
         return self
@@ -159,6 +237,8 @@ class PageStore:
 
     def close(self) -> None:
         """Closes the file. Idempotent."""
+        if self._syncer is not None:
+            self._syncer.close()
         self._file.close()
 
     @property
@@ -177,65 +257,91 @@ class PageStore:
         snapshots: Sequence[Snapshot] = (),
         space: str = "",
         last: bool = False,
+        urgent: bool = False,
     ) -> int:
         """Writes the whole pages of `ids` that the file lacks, and snapshots as the strategy has it; bytes written.
 
-        last: nothing follows (the engine closes): a periodic store, which always keeps enough of its share for one
-        more snapshot, may spend that too. Durable on return.
+        As many of them, from the front, as room and budget allow. urgent: the budget does not count. last: nothing
+        follows (the engine closes, or somebody asked for it): urgent, and a periodic store, which always keeps enough
+        of its share for one more snapshot, may spend that too.
         Raises SequenceFileError when the disk refuses; then the file is as it was.
         """
-        node = self._roots.setdefault(space.encode(), _Node(None, None, b"", 0))
+        keys = page_keys(ids)[: len(pages)]
+        path = self._path(ids, space)[: len(keys)]
+        self._touch(path)
+        record_bytes = HEAD_BYTES + 4 * PAGE_TOKENS + len(space.encode()) + self.layout.page_bytes
+        count = self._affordable(len(keys) - len(path), record_bytes, path=path, urgent=urgent or last)
         new: list[NewRecord] = []
-        path: list[tuple[bytes, _Node | None]] = []
-        number, parent = len(self._file.records), node.number
-        current: _Node | None = node
-        page_bytes = 0
-        for key, page in zip(page_keys(ids), pages, strict=False):
-            current = current.children.get(key) if current is not None else None
-            path.append((key, current))
-            if current is None:
-                meta = key + (space.encode() if parent == NONE else b"")
-                new.append(NewRecord(PAGE, parent, meta, [pool.read_page(page).data]))
-                parent, number = number, number + 1
-                page_bytes += self.layout.page_bytes
-            else:
-                parent = current.number
-        first = len(self._file.records)
-        fresh_at = len(path) - len(new)  # depth where the new pages begin
+        first, parent = len(self._file.records), path[-1].number if path else NONE
+        for depth in range(len(path), len(path) + count):
+            meta = keys[depth] + (space.encode() if parent == NONE else b"")
+            new.append(NewRecord(PAGE, parent, meta, [pool.read_page(pages[depth]).data]))
+            parent = first + depth - len(path)
+        page_bytes = count * self.layout.page_bytes
         credit = PERIODIC_SHARE * (self._page_total + page_bytes) - self._snapshot_total
+        room = self._room() - count * record_bytes
         for snapshot in sorted(snapshots, key=lambda s: -s.position):
-            depth = snapshot.position // PAGE_TOKENS
-            if snapshot.position % PAGE_TOKENS or not 0 < depth <= len(path):
+            depth, size = snapshot.position // PAGE_TOKENS, len(snapshot.data)
+            if snapshot.position % PAGE_TOKENS or not 0 < depth <= len(path) + count:
                 continue
-            there = path[depth - 1][1]
-            if there is not None and there.snapshot is not None:
+            if size + HEAD_BYTES > room or (depth <= len(path) and path[depth - 1].snapshot is not None):
                 continue
-            wanted = self.strategy is WindowStrategy.FULL or (
-                self.strategy is WindowStrategy.PERIODIC and len(snapshot.data) * (1 if last else 2) <= credit
+            wanted = self.config.window is WindowStrategy.FULL or (
+                self.config.window is WindowStrategy.PERIODIC and size * (1 if last else 2) <= credit
             )
             if wanted:
-                at = there.number if there is not None else first + depth - 1 - fresh_at
+                at = path[depth - 1].number if depth <= len(path) else first + depth - 1 - len(path)
                 new.append(NewRecord(SNAPSHOT, at, b"", [snapshot.data.data]))
-                credit -= len(snapshot.data)
+                credit -= size
+                room -= size + HEAD_BYTES
         return self._append(new, page_bytes)
 
-    def _append(self, new: list[NewRecord], page_bytes: int) -> int:
+    def _affordable(self, wanted: int, size: int, *, path: Sequence[_Node], urgent: bool) -> int:
+        """How many of `wanted` new pages behind `path` may be written; makes room for them."""
+        if wanted <= 0:
+            return 0
+        count = wanted
+        if self.config.bytes_per_second is not None and not urgent:
+            now = self._clock()
+            earned = (now - self._credit_at) * self.config.bytes_per_second
+            self._credit, self._credit_at = min(self._credit + earned, self._burst), now
+            count = min(count, max(int(self._credit // size), 0))
+        if self._room() < count * size:
+            self._hold(path)
+            self._evict(count * size - self._room())
+            self._release(path)
+            if self._room() < size and not self._told_full:
+                log.warning(
+                    "the cache file is full: new prefixes stay in memory only",
+                    extra={"bytes": self.live_bytes},
+                )
+                self._told_full = True
+            count = min(count, max(self._room() // size, 0))
+        self._deferred += wanted - count
+        return count
+
+    @property
+    def _burst(self) -> float:
+        return BURST_SECONDS * (self.config.bytes_per_second or 0)
+
+    def _room(self) -> int:
+        limit = self.config.limit_bytes
+        return 1 << 62 if limit is None else limit - self.live_bytes
+
+    def _append(self, new: Sequence[NewRecord], page_bytes: int) -> int:
         if not new:
             return 0
         before = self._file.nbytes
-        size = sum(len(part) for record in new for part in record.data)
-        if self.limit_bytes is not None and before + size > self.limit_bytes:
-            if not self._told_full:
-                log.warning(
-                    "the cache file is full: new prefixes stay in memory only", extra={"bytes": before}
-                )
-                self._told_full = True
-            return 0
-        for record in self._file.append(new):
+        self._tick += 1
+        for record in self._file.append(new, sync=self._syncer is None):
             self._index(record)
-        self._written += self._file.nbytes - before
+        if self._syncer is not None:
+            self._syncer.wake()
+        written = self._file.nbytes - before
+        self._written += written
+        self._credit -= written
         self._page_bytes += page_bytes
-        return self._file.nbytes - before
+        return written
 
     # --- reading
 
@@ -245,7 +351,7 @@ class PageStore:
 
     def _path(self, ids: Sequence[int], space: str) -> list[_Node]:
         node, path = self._roots.get(space.encode()), list[_Node]()
-        for key in page_keys(ids):
+        for key in page_keys(ids) if node is not None else ():
             node = node.children.get(key) if node is not None else None
             if node is None:
                 break
@@ -260,6 +366,7 @@ class PageStore:
         The caller holds the pages it gets (one reference each). A damaged page ends the prefix there. CacheFull.
         """
         path = self._path(ids, space)
+        self._touch(path)
         wanted = path[skip // PAGE_TOKENS :]
         pages = pool.take_pages(len(wanted))
         for number, node in enumerate(wanted):
@@ -276,7 +383,7 @@ class PageStore:
                 if data is None:
                     node.snapshot = None
                     continue
-                return pages, [Snapshot(node.depth * PAGE_TOKENS, _frozen(data))]
+                return pages, [Snapshot(node.depth * PAGE_TOKENS, frozen_copy(data))]
         return pages, []
 
     def _read(self, node: _Node | None, record: Record | None) -> NDArray[np.uint8] | None:
@@ -287,9 +394,140 @@ class PageStore:
         except SequenceFileError as error:
             log.warning("a cached record is damaged and counts as a miss: %s", error)
             self._damaged += 1
-            if node is not None and node.parent is not None:
-                node.parent.children.pop(node.key, None)
+            if node is not None:
+                self._lose(node)
             return None
+
+    def _lose(self, node: _Node) -> None:
+        """Lets go of a page and of all that hangs on it."""
+        below, stack = list[_Node](), [node]
+        while stack:
+            below.append(stack.pop())
+            stack.extend(below[-1].children.values())
+        for one in reversed(below):
+            self._unlink(one)
+        self._drop_records([record for one in reversed(below) for record in _records(one)])
+
+    # --- letting go
+
+    def pin(self, ids: Sequence[int], *, space: str = "") -> tuple[object, ...]:
+        """Keeps what the file holds of `ids` until `unpin` of what this returns; counts as a use."""
+        path = self._path(ids, space)
+        self._touch(path)
+        self._hold(path)
+        return tuple(path)
+
+    def unpin(self, pinned: Sequence[object]) -> None:
+        """Takes back one `pin`."""
+        self._release([node for node in pinned if isinstance(node, _Node)])
+
+    def discard(self, ids: Sequence[int], *, space: str = "") -> int:
+        """Lets go of the pages that only `ids` goes through; returns their number."""
+        gone: list[_Node] = []
+        for node in reversed(self._path(ids, space)):
+            if node.children or node.pins:
+                break
+            self._unlink(node)
+            gone.append(node)
+        self._drop_records([record for node in gone for record in _records(node)])
+        return len(gone)
+
+    def _evict(self, need: int) -> None:
+        """Lets go of least recently used leaves until `need` bytes are free, if it can; in bulk."""
+        target = max(need, (self.config.limit_bytes or 0) // 16)
+        leaves = [(n.used, n.number, n) for n in self._nodes.values() if not n.children and not n.pins]
+        heapq.heapify(leaves)
+        gone: list[Record] = []
+        freed = 0
+        while leaves and freed < target:
+            node = heapq.heappop(leaves)[2]
+            gone += _records(node)
+            freed += sum(_bytes_of(record) for record in _records(node))
+            self._unlink(node)
+            self._evicted += 1
+            parent = node.parent
+            if parent is not None and parent.record is not None and not parent.children and not parent.pins:
+                heapq.heappush(leaves, (parent.used, parent.number, parent))
+        self._drop_records(gone)
+
+    def _unlink(self, node: _Node) -> None:
+        """Takes a leaf out of the index."""
+        assert node.parent is not None and not node.children and node.record is not None
+        node.parent.children.pop(node.key, None)
+        del self._nodes[node.number]
+        self._page_total -= node.record.size
+        if node.snapshot is not None:
+            self._snapshot_total -= node.snapshot.size
+            self._snapshots -= 1
+        self.live_bytes -= sum(_bytes_of(record) for record in _records(node))
+
+    def _drop_records(self, gone: Sequence[Record]) -> None:
+        """Says in the file that these are no more, and gives their blocks back. A disk that refuses is no harm: the
+        records come back with the next opening."""
+        if not gone:
+            return
+        numbers = np.asarray([record.number for record in gone], dtype="<u4").tobytes()
+        try:
+            self._file.append([NewRecord(DEAD, NONE, numbers, [])], sync=False)
+        except SequenceFileError as error:
+            log.warning("what was let go of may come back after a restart: %s", error)
+            return
+        self._file.punch(gone)
+
+    def compact(self) -> None:
+        """Copies what is live into a new file and puts it in place: whole or not at all. No sequence may be spilled.
+
+        Raises SequenceFileError when the disk refuses; then the file is as it was.
+        """
+        path = self._file.path
+        fresh_path = path.with_name(f".{path.name}.tmp")
+        if self._tails:
+            raise SequenceFileError(f"{path} cannot be compacted: sequences wait in it")
+        fresh_path.unlink(missing_ok=True)
+        fresh = self._open(fresh_path)
+        try:
+            moved: dict[int, int] = {NONE: NONE}
+            for number in sorted(self._nodes):  # parents come before their children
+                node = self._nodes[number]
+                assert node.record is not None and node.parent is not None
+                for record in _records(node):
+                    parent = moved.get(record.parent)
+                    data = self._read(None, record) if parent is not None else None
+                    if data is None or parent is None:
+                        continue
+                    new = NewRecord(record.kind, parent, record.meta, [data.data])
+                    moved[record.number] = fresh.append([new], sync=False)[0].number
+            fresh.sync()
+            os.replace(fresh_path, path)
+            _sync_directory(path.parent)
+        except (OSError, SequenceFileError) as error:
+            fresh.close()
+            fresh_path.unlink(missing_ok=True)
+            raise SequenceFileError(f"{path} cannot be compacted: {error}") from error
+        log.info("a cache file was compacted: %d bytes of %d", fresh.nbytes, self._file.nbytes)
+        syncing = self._syncer is not None
+        if self._syncer is not None:
+            self._syncer.close()
+        self._file.close()
+        self._file = fresh
+        fresh.path = path
+        self._read_index()
+        self._syncer = Syncer(fresh) if syncing else None
+
+    def _touch(self, path: Sequence[_Node]) -> None:
+        self._tick += 1
+        for node in path:
+            node.used = self._tick
+
+    @staticmethod
+    def _hold(path: Sequence[_Node]) -> None:
+        for node in path:
+            node.pins += 1
+
+    @staticmethod
+    def _release(path: Sequence[_Node]) -> None:
+        for node in path:
+            node.pins -= 1
 
     # --- sequences that stopped in the middle of a page
 
@@ -304,182 +542,63 @@ class PageStore:
             pool=sequence.pool,
             snapshots=tuple(sequence.snapshots.values()),
             space=space,
+            urgent=True,
         )
         path = self._path(sequence.token_ids, space)
-        if len(path) != sequence.length // PAGE_TOKENS:
-            raise SequenceFileError(f"{self._file.path} has reached its limit of {self.limit_bytes} bytes")
-        tail = _tail(sequence, path[-1].number if path else NONE, name=name)
-        tail_bytes = self._append([tail], 0)
-        if not tail_bytes:
-            raise SequenceFileError(f"{self._file.path} has reached its limit of {self.limit_bytes} bytes")
-        return written + tail_bytes
+        tail = tail_record(sequence, path[-1].number if path else NONE, name=name)
+        size = HEAD_BYTES + len(tail.meta) + sum(len(part) for part in tail.data)
+        if len(path) != sequence.length // PAGE_TOKENS or size > self._room():
+            raise SequenceFileError(
+                f"{self._file.path} has reached its limit of {self.config.limit_bytes} bytes"
+            )
+        written += self._append([tail], 0)
+        self._hold(path)  # until it comes back
+        self._tail_paths[name] = path
+        return written
 
     def unspill(self, name: str, paging: Paging) -> PagedSequence:
         """The sequence that was spilled as `name`. Raises SequenceFileError (unknown, damaged), CacheFull."""
         record = self._tails.get(name)
         if record is None:
             raise SequenceFileError(f"{self._file.path} holds no sequence {name!r}")
-        nodes: list[_Node] = []
-        node = self._nodes.get(record.parent)
-        while node is not None and node.record is not None:
-            nodes.append(node)
-            node = node.parent
-        records = [n.record for n in reversed(nodes) if n.record is not None]
-        sequence, _ = _rebuild(self._file, records, record, paging)
+        records = [node.record for node in self._tail_paths[name] if node.record is not None]
+        sequence, _ = rebuild(self._file, records, record, paging)
         return sequence
 
     def forget(self, name: str) -> None:
-        """The spilled sequence is no longer wanted (its bytes stay until the file goes)."""
-        self._tails.pop(name, None)
+        """The spilled sequence is no longer wanted."""
+        record = self._tails.pop(name, None)
+        if record is not None and not self.closed:
+            self._release(self._tail_paths.pop(name))
+            self.live_bytes -= _bytes_of(record)
+            self._drop_records([record])
 
     def statistics(self) -> StoreStatistics:
         """Counts since the store was opened and what the file holds."""
         return StoreStatistics(
             file_bytes=self._file.nbytes,
+            live_bytes=self.live_bytes,
             pages=len(self._nodes),
             snapshots=self._snapshots,
             written_bytes=self._written,
             new_page_bytes=self._page_bytes,
+            evicted_pages=self._evicted,
+            deferred_pages=self._deferred,
             damaged=self._damaged,
         )
 
 
-def save_file(
-    path: Path, sequence: PagedSequence, *, fingerprint: bytes, logits: NDArray[np.float32] | None = None
-) -> None:
-    """Writes one sequence to one file, atomically: temporary file, fsync, rename, fsync of the directory.
+def _records(node: _Node) -> list[Record]:
+    return [record for record in (node.record, node.snapshot) if record is not None]
 
-    Raises SequenceFileError when the disk refuses; then `path` is what it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    layout, pool = sequence.layout, sequence.pool
+
+def _bytes_of(record: Record) -> int:
+    return HEAD_BYTES + len(record.meta) + record.size
+
+
+def _sync_directory(path: Path) -> None:
+    directory = os.open(path, os.O_RDONLY)
     try:
-        temporary.unlink(missing_ok=True)
-        with RecordFile(
-            temporary, fingerprint=fingerprint, page_bytes=layout.page_bytes, writable=True
-        ) as file:
-            for number, (key, page) in enumerate(
-                zip(page_keys(sequence.token_ids), sequence.pages, strict=False)
-            ):
-                record = NewRecord(PAGE, number - 1 if number else NONE, key, [pool.read_page(page).data])
-                file.append([record], sync=False)
-            last = len(file.records) - 1 if file.records else NONE
-            file.append([_tail(sequence, last, logits=logits)])
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        raise SequenceFileError(f"{path} cannot be written: {error.strerror}") from error
+        os.fsync(directory)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_file(
-    path: Path, paging: Paging, *, fingerprint: bytes
-) -> tuple[PagedSequence, NDArray[np.float32] | None]:
-    """The reverse of `save_file`: the sequence and its logits. Raises SequenceFileError, CacheFull."""
-    layout = paging.pool.layout
-    with RecordFile(path, fingerprint=fingerprint, page_bytes=layout.page_bytes, writable=False) as file:
-        records = file.records
-        chained = all(
-            record.kind == PAGE
-            and record.parent == (number - 1 if number else NONE)
-            and record.size == layout.page_bytes
-            and len(record.meta) >= 4 * PAGE_TOKENS
-            for number, record in enumerate(records[:-1])
-        )
-        if not records or records[-1].kind != TAIL or not chained or file.lost_bytes:
-            raise SequenceFileError(f"{path} is incomplete or damaged: it holds no whole sequence")
-        return _rebuild(file, records[:-1], records[-1], paging)
-
-
-def _tail(
-    sequence: PagedSequence,
-    parent: int,
-    *,
-    name: str | None = None,
-    logits: NDArray[np.float32] | None = None,
-) -> NewRecord:
-    whole = sequence.length // PAGE_TOKENS
-    frozen = sequence.freeze()
-    data: list[bytes | memoryview] = []
-    if sequence.length % PAGE_TOKENS:
-        data.append(sequence.pool.read_page(sequence.pages[whole]).data)
-    data.append(frozen.data.data)
-    if logits is not None:
-        data.append(np.ascontiguousarray(logits, dtype="<f4").tobytes())
-    meta = {
-        "name": name,
-        "length": sequence.length,
-        "ids": [int(token) for token in sequence.token_ids[whole * PAGE_TOKENS :]],
-        "snapshot": len(frozen.data),
-        "logits": 0 if logits is None else int(logits.size),
-    }
-    return NewRecord(TAIL, parent, json.dumps(meta).encode(), data)
-
-
-def _tail_meta(record: Record) -> dict[str, object]:
-    try:
-        meta = json.loads(record.meta)
-    except ValueError:
-        return {}
-    return meta if isinstance(meta, dict) else {}
-
-
-def _rebuild(
-    file: RecordFile, records: Sequence[Record], tail: Record, paging: Paging
-) -> tuple[PagedSequence, NDArray[np.float32] | None]:
-    """A sequence from its page records and its tail. Raises SequenceFileError, CacheFull."""
-    pool, layout, meta = paging.pool, paging.pool.layout, _tail_meta(tail)
-    ids = [int(t) for record in records for t in np.frombuffer(record.meta[: 4 * PAGE_TOKENS], dtype="<i4")]
-    more, length = meta.get("ids"), meta.get("length")
-    snapshot_size, logits_size = meta.get("snapshot"), meta.get("logits")
-    if (
-        not isinstance(more, list)
-        or not all(isinstance(t, int) and 0 <= t < layout.config.vocab_size for t in (*more, *ids))
-        or not isinstance(snapshot_size, int)
-        or not isinstance(logits_size, int)
-        or length != len(ids) + len(more)
-        or len(more) >= PAGE_TOKENS
-    ):
-        raise SequenceFileError(f"{file.path}: the record of its last tokens contradicts its pages")
-    data = file.read(tail)
-    open_size = layout.page_bytes if more else 0
-    if len(data) != open_size + snapshot_size + 4 * logits_size or min(snapshot_size, logits_size) < 0:
-        raise SequenceFileError(f"{file.path}: the record of its last tokens has the wrong size")
-    ids += more
-    pages = pool.take_pages(layout.pages(len(ids)))
-    sequence = None
-    try:
-        for page, record in zip(pages, records, strict=False):
-            pool.write_page(page, file.read(record))
-        if more:
-            pool.write_page(pages[-1], data[:open_size])
-        frozen = Snapshot(len(ids), _frozen(data[open_size : open_size + snapshot_size]))
-        sequence = PagedSequence(paging)
-        sequence.adopt(ids, pages, snapshots=[frozen] if ids else [])
-        sequence.snapshots.clear()  # it served once, and is no page boundary's
-    except ValueError as error:
-        if sequence is not None:
-            sequence.close()
-        raise SequenceFileError(f"{file.path}: {error}") from error
-    except BaseException:
-        if sequence is not None:
-            sequence.close()
-        raise
-    finally:
-        pool.drop_pages(pages)  # the sequence has references of its own
-    logits = None
-    if logits_size:
-        logits = np.frombuffer(data[open_size + snapshot_size :].tobytes(), dtype="<f4").copy()
-    return sequence, logits
-
-
-def _frozen(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A copy that nobody changes: the mapping may go."""
-    copy = data.copy()
-    copy.flags.writeable = False
-    return copy
+        os.close(directory)
