@@ -13,7 +13,8 @@ import builtins
 import contextlib
 import functools
 import inspect
-import secrets
+import os
+import socket
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, cast, overload
@@ -25,6 +26,8 @@ from rorqual.sandbox._remote_channel import Broken, Channel, chunks
 from rorqual.sandbox._remote_codec import decode, encode
 from rorqual.sandbox._remote_commands import RemoteCommands, RemotePty
 from rorqual.sandbox._remote_methods import REPEATABLE, Method, methods, nouns
+from rorqual.sandbox._replay import Replay
+from rorqual.sandbox._session import Session
 from rorqual.sandbox.errors import EdgeError, EdgeLost, InvalidRequest, Unsupported
 from rorqual.sandbox.images import Bounds
 from rorqual.sandbox.records import FileEntry, SandboxInfo
@@ -80,7 +83,7 @@ class RemoteTrajectory(AsyncTrajectory):
         """Every entry with a number above `after`, in order, those included that were just finished."""
         fields = {"method": "trajectory.list", "args": {"after": after}}
         channel = self._channel
-        if channel.closed:
+        if channel.lost:
             place, sandbox_id = channel.place, channel.sandbox_id
             channel, _ = await Channel.open(place, "look", sandbox=sandbox_id)
             try:
@@ -90,6 +93,12 @@ class RemoteTrajectory(AsyncTrajectory):
         else:
             value = await channel.call("call", name="trajectory.list", repeat=True, **fields)
         return cast(list[TrajectoryEntry], decode(list[TrajectoryEntry], value))
+
+    async def replay(self, *, into: AsyncSandbox) -> Replay:
+        """As AsyncTrajectory.replay; both sandboxes are of one edge."""
+        if not isinstance(into, RemoteSandbox) or into._channel.place.url != self._channel.place.url:
+            raise InvalidRequest(f"into: {into!r} is not a sandbox of the same edge")
+        return cast(Replay, decode(Replay, await self._channel.call("replay", into=into.id)))
 
 
 class RemoteFiles(AsyncFiles):
@@ -181,6 +190,14 @@ class RemoteSandbox(AsyncSandbox):
         return self._channel.sandbox_id
 
     @property
+    def _session(self) -> Session:  # type: ignore[override]
+        raise Unsupported(
+            "this call through an edge",
+            reason="it needs the process that has the sandbox",
+            available=sorted(path for path, one in methods().items() if one.crosses),
+        )
+
+    @property
     def cause(self) -> str | None:
         """Why it ended, one of errors.Cause; None while it lives, as far as the edge has told."""
         return self._channel.ended[0] if self._channel.ended is not None else None
@@ -216,7 +233,6 @@ class RemoteSandbox(AsyncSandbox):
                 channel, _ = await Channel.open(
                     self._channel.place,
                     "open",
-                    owner=self._channel.owner,
                     lease=self._lease,
                     sandbox=sandbox_id,
                 )
@@ -273,8 +289,8 @@ async def create(place: EdgePlace, arguments: Mapping[str, Any], *, lease: float
         for name, value in arguments.items()
         if name != "trajectory" and value != defaults[name].default
     }
-    owner = secrets.token_hex(16)
-    channel, _ = await Channel.open(place, "create", owner=owner, lease=lease, args=given, seconds=lease)
+    owner = f"{socket.gethostname()}:{os.getpid()}"
+    channel, _ = await Channel.open(place, "create", lease=lease, args=given, seconds=lease, owner=owner)
     return RemoteSandbox(channel, owned=not arguments["keep"], lease=lease)
 
 
@@ -282,6 +298,13 @@ async def connect(place: EdgePlace, sandbox_id: str) -> AsyncSandbox:
     """AsyncSandbox.connect at an edge."""
     _twins()
     channel, _ = await Channel.open(place, "open", sandbox=sandbox_id)
+    return RemoteSandbox(channel, owned=False, lease=60.0)
+
+
+async def attach(place: EdgePlace, sandbox_id: str) -> AsyncSandbox:
+    """AsyncSandbox.attach at an edge: answered from the log that it keeps. A broken connection ends the hold."""
+    _twins()
+    channel, _ = await Channel.open(place, "attach", sandbox=sandbox_id)
     return RemoteSandbox(channel, owned=False, lease=60.0)
 
 

@@ -96,14 +96,14 @@ class Stream:
 class Channel:
     """Calls to one sandbox of one edge. Make it with `open`; always `close` it."""
 
-    def __init__(self, place: EdgePlace, *, owner: str, lease: float) -> None:
+    def __init__(self, place: EdgePlace, *, lease: float) -> None:
         self.place = place
         self.sandbox_id = ""
         self.ended: tuple[str, str] | None = None
         """(cause, detail) once the sandbox is over."""
         self.over = asyncio.Event()
         self.closed = False
-        self.owner = owner
+        self._comes_back = True
         self._beat = max(0.1, min(15.0, lease / 4))
         self._socket: Any = None
         self._numbers = 0
@@ -115,13 +115,14 @@ class Channel:
 
     @classmethod
     async def open(
-        cls, place: EdgePlace, op: str, *, owner: str = "", lease: float = 60.0, **fields: Any
+        cls, place: EdgePlace, op: str, *, lease: float = 60.0, **fields: Any
     ) -> tuple[Channel, Any]:
-        """Dials, makes or finds a sandbox by `op` ('create', 'open' or 'look'), and is bound to it from then on.
+        """Dials, makes or finds a sandbox by `op` ('create', 'open', 'attach', 'look'); is bound to it from then on.
 
         Returns the channel and the edge's answer. Raises what the edge raises, EdgeUnreachable, EdgeRefused.
         """
-        channel = cls(place, owner=owner, lease=lease)
+        channel = cls(place, lease=lease)
+        channel._comes_back = op != "attach"  # where it was in the log is lost with the connection
         socket = await channel._dial()
         try:
             answer = await channel._greet(socket, op, timeout=None, **fields)
@@ -208,6 +209,11 @@ class Channel:
 
     # -- the end
 
+    @property
+    def lost(self) -> bool:
+        """It was closed, or the way back was given up: no call goes through it any more."""
+        return self._failed is not None
+
     def end_error(self) -> SandboxEnded:
         cause, detail = self.ended or ("infra", "the edge gave no cause")
         return SandboxEnded(self.sandbox_id, cause=cast(Cause, cause), detail=detail)
@@ -264,7 +270,7 @@ class Channel:
 
         try:
             async with asyncio.timeout(timeout):
-                await socket.send(json.dumps({"id": 0, "op": op, "owner": self.owner, **fields}))
+                await socket.send(json.dumps({"id": 0, "op": op, **fields}))
                 while True:
                     answer = json.loads(await socket.recv())
                     if answer.get("id") == 0:
@@ -295,8 +301,10 @@ class Channel:
             self._up.clear()
             self._break()
             await socket.close()
-            if self.ended is None:
+            if self.ended is None and self._comes_back:
                 self._spawn(self._come_back())
+            elif self.ended is None:
+                self._give_up(EdgeLost("attach", self.sandbox_id))
             else:
                 self._give_up(EdgeUnreachable(self.place.address, "it hung up"))
 
@@ -317,7 +325,10 @@ class Channel:
             if not stream.started.done():
                 stream.started.set_result(document["started"])
         elif "error" in document:
-            stream.settle(decode_error(document["error"]))
+            error = decode_error(document["error"])
+            if isinstance(error, SandboxEnded) and error.sandbox_id == self.sandbox_id:
+                self._end(error.cause, error.detail)  # the news of its end may be behind the answer
+            stream.settle(error)
         else:
             stream.settle(document.get("value"))
 

@@ -177,6 +177,7 @@ class RemoteCommands(AsyncCommands):
             "user": user,
             "max_output": max_output,
             "stdin": feed if isinstance(feed, bool) else not inline,
+            "background": background,
         }
         if isinstance(feed, bytes) and inline:
             arguments["stdin_data"] = encode(feed)

@@ -14,6 +14,7 @@ import builtins
 import codecs
 import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal, overload
 
 from rorqual.sandbox._forward import digest
@@ -26,6 +27,8 @@ from rorqual.sandbox.trajectory import TrajectoryEntry
 
 OnOutput = Callable[[str], Awaitable[None] | None]
 """Called with each piece of output as it arrives; may be a coroutine function."""
+STARTED: ContextVar[Callable[[AsyncCommandHandle], None] | None] = ContextVar("started", default=None)
+"""Told of a command that has started: an edge's client must know its id before its end."""
 GRACE_S = 15.0
 """How much longer than the guest's own deadline the host waits before it calls the agent dead."""
 
@@ -318,6 +321,8 @@ class AsyncCommands:
             feed, closed = await rest_of_input(session, entry, process.pid, feed)
         handle = AsyncCommandHandle(session, process, seq=seq, log_result=True)
         session.processes[process.pid] = process
+        if (tell := STARTED.get()) is not None:
+            tell(handle)
         feeding = None
         if isinstance(feed, bytes) and not closed:
             feeding = asyncio.create_task(_feed(session, process, feed))

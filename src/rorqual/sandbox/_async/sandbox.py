@@ -434,7 +434,13 @@ class AsyncSandbox:
 
     @classmethod
     async def attach(
-        cls, sandbox_id: str, *, fast_forward: bool = True, trajectory: str | Path | None = None
+        cls,
+        sandbox_id: str,
+        *,
+        fast_forward: bool = True,
+        trajectory: str | Path | None = None,
+        edge: str | None = None,
+        token: str | None = None,
     ) -> AsyncSandbox:
         """For a restarted client: as `connect`, and what it asks again is answered from the log, not done again.
 
@@ -444,15 +450,20 @@ class AsyncSandbox:
             TrajectoryMismatch: the client asks for something else than the log has there. Nothing was done.
             UnknownOutcome: it was begun and nobody can tell how it ended. Nothing was done again.
         fast_forward=False is `connect`. trajectory: the file of the log, for an ended one made with its own.
+        edge, token: as `create`.
 
         Raises:
             SandboxNotFound: neither alive, nor ended in the log.
         """
         if not fast_forward:
-            return await cls.connect(sandbox_id)
+            return await cls.connect(sandbox_id, edge=edge, token=token)
+        if (place := edge_place(edge, token)) is not None:
+            from rorqual.sandbox import _remote
+
+            return await _remote.attach(place, sandbox_id)
         state = StateDir.from_environment()
         try:
-            made = await cls.connect(sandbox_id)
+            made = await cls.connect(sandbox_id, edge="local")
         except SandboxNotFound:
             path = Path.cwd() / trajectory if trajectory is not None else state.trajectory
             if not path.is_file():

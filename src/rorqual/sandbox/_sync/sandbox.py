@@ -257,7 +257,13 @@ class Sandbox:
 
     @classmethod
     def attach(
-        cls, sandbox_id: str, *, fast_forward: bool = True, trajectory: str | Path | None = None
+        cls,
+        sandbox_id: str,
+        *,
+        fast_forward: bool = True,
+        trajectory: str | Path | None = None,
+        edge: str | None = None,
+        token: str | None = None,
     ) -> Sandbox:
         """For a restarted client: as `connect`, and what it asks again is answered from the log, not done again.
 
@@ -267,11 +273,18 @@ class Sandbox:
             TrajectoryMismatch: the client asks for something else than the log has there. Nothing was done.
             UnknownOutcome: it was begun and nobody can tell how it ended. Nothing was done again.
         fast_forward=False is `connect`. trajectory: the file of the log, for an ended one made with its own.
+        edge, token: as `create`.
 
         Raises:
             SandboxNotFound: neither alive, nor ended in the log.
         """
-        return cls(run(AsyncSandbox.attach(sandbox_id, fast_forward=fast_forward, trajectory=trajectory)))
+        return cls(
+            run(
+                AsyncSandbox.attach(
+                    sandbox_id, fast_forward=fast_forward, trajectory=trajectory, edge=edge, token=token
+                )
+            )
+        )
 
     def pause(self, *, reclaim: bool = True) -> Paused:
         """Stops every process of it, and with `reclaim` asks the kernel to take back memory it can do without.

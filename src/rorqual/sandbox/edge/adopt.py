@@ -24,13 +24,14 @@ async def settle(sandbox: AsyncSandbox) -> int:
     followed = 0
     try:
         for info in await session.guest.list() if unfinished else ():
-            if not info.tag.isdigit() or int(info.tag) not in unfinished:
+            seq = session.seq_of(info.tag)
+            if seq not in unfinished:
                 continue
             try:
                 process = await session.guest.attach(info.pid)
             except GuestRefused:
                 continue  # the agent has forgotten it meanwhile
-            handle = AsyncCommandHandle(session, process, seq=int(info.tag), log_result=True)
+            handle = AsyncCommandHandle(session, process, seq=seq, log_result=True)
             session.processes[process.pid] = process
             handle._start(None, None)
             followed += 1

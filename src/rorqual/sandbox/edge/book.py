@@ -20,9 +20,9 @@ class Row:
 
     id: str
     owner: str
-    """The secret of the client that renews the lease."""
+    """The client that asked for it, in its own words: for logs."""
     lease: float | None
-    """Seconds without its client after which it ends; None: kept."""
+    """Seconds without any client after which it ends; None: kept."""
     memory_mb: int
 
 

@@ -17,15 +17,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from rorqual.sandbox._async.sandbox import _OF_THE_EDGE, AsyncSandbox, AsyncTrajectory
+from rorqual.sandbox._async.sandbox import _OF_THE_EDGE, AsyncSandbox
 from rorqual.sandbox._remote_codec import encode
 from rorqual.sandbox._remote_methods import Method, methods
 from rorqual.sandbox.edge.edge import Edge
 from rorqual.sandbox.errors import InvalidRequest, Unsupported
-from rorqual.sandbox.trajectory import open_log
 
 INSIDE = frozenset({"envs", "metadata", "workdir", "python", "require", "network"})
 """Arguments of `create` whose strings are not paths of this host."""
+SECRET = frozenset({"envs", "secrets", "stdin"})
+"""Arguments whose values no error text repeats."""
 
 
 def request_model(
@@ -76,6 +77,8 @@ def in_words(error: ValidationError) -> str:
     where = str(found["loc"][0]) if found["loc"] else "the arguments"
     if found["type"] == "extra_forbidden":
         return f"{where}: this edge knows no such argument"
+    if where in SECRET:
+        return f"{where}: {found['msg']}"
     return f"{where}: {found['msg']} (got {found['input']!r:.80})"
 
 
@@ -94,6 +97,10 @@ def _host_paths(name: str, value: Any) -> list[str]:
             return [str(source) for source in value]
         sources = [item.get("source") if isinstance(item, Mapping) else item.source for item in value or ()]
         return [str(source) for source in sources if source]  # one without is refused by its own words
+    if name == "secrets":
+        return [
+            str(one["ca"]) for one in (value or {}).values() if isinstance(one, Mapping) and one.get("ca")
+        ]
     if isinstance(value, os.PathLike):
         return [os.fspath(value)]
     if isinstance(value, str):
@@ -139,9 +146,7 @@ async def _do(
     edge: Edge, sandbox_id: str, method: Method, checked: Mapping[str, Any], *, hold: AsyncSandbox | None
 ) -> Any:
     if method.path == "trajectory.list":  # readable after the end
-        sandbox = hold or (edge.tenancy(sandbox_id).sandbox if edge.is_live(sandbox_id) else None)
-        log = sandbox._session.log if sandbox is not None else open_log(edge.state.trajectory)
-        return await AsyncTrajectory(log, sandbox_id).list(**checked)
+        return await edge.trajectory(sandbox_id).list(**checked)
     target: Any = hold or await edge.held(sandbox_id)
     noun, _, name = method.path.rpartition(".")
     return await getattr(getattr(target, noun) if noun else target, name)(**checked)

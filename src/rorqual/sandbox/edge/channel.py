@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from rorqual.sandbox._async.sandbox import AsyncSandbox
+from rorqual.sandbox._async.sandbox import AsyncSandbox, AsyncTrajectory
 from rorqual.sandbox._remote_channel import HEAD
 from rorqual.sandbox._remote_codec import encode, encode_error
 from rorqual.sandbox.edge.audit import audit
@@ -27,7 +27,6 @@ from rorqual.sandbox.edge.streams import STREAMS, Flow, Upload
 from rorqual.sandbox.errors import (
     EdgeError,
     EdgeRefused,
-    InvalidRequest,
     SandboxEnded,
     SandboxError,
     SandboxNotFound,
@@ -50,7 +49,8 @@ class Channel:
         """Its own hold on the sandbox, after `attach`."""
         self._socket = socket
         self._who = who
-        self._owner = ""
+        self._holds = False
+        """What the client says renews the sandbox's lease."""
         self._sending = asyncio.Lock()
         self._calls: dict[int, asyncio.Task[None]] = {}
         self.flows: dict[int, Flow] = {}
@@ -102,8 +102,8 @@ class Channel:
         message = await self._socket.receive()
         if message["type"] != "websocket.receive":
             raise WebSocketDisconnect(message.get("code", 1006))
-        if self._owner:
-            self.edge.hear(self.sandbox_id, self._owner)
+        if self._holds:
+            self.edge.hear(self.sandbox_id)
         data: str | bytes | None = message.get("text")
         return data if data is not None else message["bytes"]
 
@@ -207,11 +207,17 @@ class Channel:
         if op == "kill":
             alive, cause, detail = await self.edge.kill(self.sandbox_id)
             return {"alive": alive, "cause": cause, "detail": detail}
+        if op == "replay":
+            replayed = await self._trajectory().replay(into=await self.edge.held(str(document["into"])))
+            return encode(replayed)
         if op == "fork":
             checked = arguments(model_of("fork"), document.get("args", {}))
             made = await self.edge.fork(self.edge.tenancy(self.sandbox_id), checked)
             return [tenancy.id for tenancy in made]
         raise EdgeRefused(f"this edge knows no operation {op!r}", status=400)
+
+    def _trajectory(self) -> AsyncTrajectory:
+        return self.hold.trajectory if self.hold is not None else self.edge.trajectory(self.sandbox_id)
 
     async def sandbox(self) -> AsyncSandbox:
         """What the calls of this channel are about. Raises SandboxEnded."""
@@ -226,7 +232,6 @@ class Channel:
             raise ValueError("not an object")
         ident, op = int(document["id"]), str(document["op"])
         began, outcome = time.monotonic(), "ok"
-        self._owner = str(document.get("owner", ""))[:128]
         try:
             value = await self._bind(op, document)
         except Exception as error:
@@ -252,7 +257,7 @@ class Channel:
             checked = create_arguments(given, roots=edge.config.mount_roots)
             lease = None if checked["keep"] else float(document["seconds"])
             # Shielded: a client that hangs up now leaves a sandbox that its lease ends, not a half-made one.
-            making = asyncio.ensure_future(edge.create(checked, owner=self._owner, lease=lease))
+            making = asyncio.ensure_future(edge.create(checked, owner=_owner(document), lease=lease))
             edge.keep(making)
             self.sandbox_id = (await asyncio.shield(making)).id
         elif op in ("open", "look", "attach"):
@@ -260,21 +265,25 @@ class Channel:
             try:
                 await edge.held(sandbox_id)
             except SandboxEnded as error:
-                if op == "look":
-                    pass
+                if op in ("look", "attach"):
+                    pass  # the log can be read, and answered from, after the end
                 elif document.get("again"):
                     raise
                 else:  # as AsyncSandbox.connect says it
                     raise SandboxNotFound(sandbox_id, cause=error.cause) from error
             if op == "attach":
-                if not hasattr(AsyncSandbox, "attach"):
-                    raise InvalidRequest("this edge does not replay trajectories")
-                self.hold = await AsyncSandbox.attach(sandbox_id, fast_forward=bool(document["fast_forward"]))
+                self.hold = await AsyncSandbox.attach(sandbox_id, edge="local")
             self.sandbox_id = sandbox_id
         else:
             raise EdgeError(f"a channel begins with create, open, look, attach or list, not {op[:40]!r}")
-        edge.hear(self.sandbox_id, self._owner)
+        self._holds = op != "look"
+        edge.hear(self.sandbox_id)
         return {"sandbox": self.sandbox_id, "edge": edge.config.name}
+
+
+def _owner(document: dict[str, Any]) -> str:
+    """The client's name, as far as it is one: it goes into logs."""
+    return "".join(c for c in str(document.get("owner", ""))[:80] if c.isprintable()) or "somebody"
 
 
 def _label(name: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from rorqual.sandbox._async.commands import AsyncCommandHandle
-from rorqual.sandbox._async.sandbox import AsyncSandbox, _live, _record
+from rorqual.sandbox._async.sandbox import AsyncSandbox, AsyncTrajectory, _live, _record
 from rorqual.sandbox.edge.adopt import settle
 from rorqual.sandbox.edge.book import Book, Row
 from rorqual.sandbox.edge.config import EdgeConfig
@@ -53,7 +53,7 @@ class Tenancy:
     sandbox: AsyncSandbox | None
     """None after a restart, until somebody calls."""
     heard: float = field(default_factory=time.monotonic)
-    """When its owner was last heard."""
+    """When a client that holds it was last heard."""
     told: set[Told] = field(default_factory=set)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     ending: bool = False
@@ -103,6 +103,9 @@ class Edge:
                 self.end(tenancy, "killed", "its edge was stopped") for tenancy in self._tenancies.values()
             ]
             await asyncio.gather(*ends, return_exceptions=True)
+        for tenancy in self._tenancies.values():
+            if tenancy.sandbox is not None:
+                tenancy.sandbox._session.closing = True  # what is cancelled now runs on in the sandbox
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
@@ -272,6 +275,10 @@ class Edge:
                 await settle(sandbox)
             return tenancy.sandbox
 
+    def trajectory(self, sandbox_id: str) -> AsyncTrajectory:
+        """The log of one, readable after its end."""
+        return AsyncTrajectory(open_log(self.state.trajectory), sandbox_id)
+
     def is_live(self, sandbox_id: str) -> bool:
         return sandbox_id in self._tenancies
 
@@ -279,8 +286,9 @@ class Edge:
         """Remembers the handle of a command while the command runs, so that any client can feed it."""
         key = (sandbox_id, handle.id)
         self._handles.setdefault(key, handle)
-        assert handle._task is not None
-        handle._task.add_done_callback(lambda _: self._handles.pop(key, None))
+        task = handle._task or asyncio.current_task()  # of a foreground command: the call itself
+        assert task is not None
+        task.add_done_callback(lambda _: self._handles.pop(key, None))
 
     def handle(self, sandbox_id: str, command: int) -> AsyncCommandHandle | None:
         """The handle of a command that runs."""
@@ -298,13 +306,11 @@ class Edge:
         """Every live sandbox of this edge, oldest first."""
         return [info for info in _live(self.state) if info.id in self._tenancies]
 
-    def hear(self, sandbox_id: str, owner: str) -> bool:
-        """Renews the lease of a sandbox; False when it is not that owner's."""
+    def hear(self, sandbox_id: str) -> None:
+        """Renews the lease of a sandbox."""
         tenancy = self._tenancies.get(sandbox_id)
-        if tenancy is None or tenancy.row.owner != owner:
-            return False
-        tenancy.heard = time.monotonic()
-        return True
+        if tenancy is not None:
+            tenancy.heard = time.monotonic()
 
     async def end(self, tenancy: Tenancy, cause: str, detail: str) -> tuple[bool, str, str]:
         """Ends one and removes everything of it: (it was alive, cause, detail)."""
@@ -359,7 +365,7 @@ class Edge:
                 lease = tenancy.row.lease
                 if lease is not None and now - tenancy.heard > lease and not tenancy.ending:
                     tenancy.ending = True
-                    text = f"its client was not heard for {lease:g} s (its lease)"
+                    text = f"its client {tenancy.row.owner} was not heard for {lease:g} s (its lease)"
                     self.metrics.leases_expired.inc()
                     self._spawn(self._expire(tenancy, text))
                 elif tenancy.sandbox is None and _record(self.state, tenancy.id) is None:

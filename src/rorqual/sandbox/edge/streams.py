@@ -12,12 +12,13 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from rorqual.sandbox._async.commands import AsyncCommandHandle
+from rorqual.sandbox._async.commands import STARTED, AsyncCommandHandle
 from rorqual.sandbox._remote_channel import CHUNK, WINDOW
 from rorqual.sandbox._remote_codec import encode
 from rorqual.sandbox.edge.calls import arguments, model_of
 from rorqual.sandbox.edge.transfer import Spool, pieces
 from rorqual.sandbox.errors import EdgeError, InvalidRequest
+from rorqual.sandbox.records import CommandResult
 
 if TYPE_CHECKING:
     from rorqual.sandbox.edge.channel import Channel
@@ -91,40 +92,71 @@ async def _deliver(channel: Channel, ident: int, number: int, data: bytes) -> No
 
 
 class _Output:
-    """Hands a handle's raw output to a channel: what was collected since the last time."""
+    """Tells a channel of a command: its id first, then its raw output, what was collected since the last time."""
 
     def __init__(self, channel: Channel, ident: int) -> None:
+        self.handle: AsyncCommandHandle | None = None
         self._channel = channel
         self._ident = ident
         self._sent = {1: 0, 2: 0}
-        self.handle: AsyncCommandHandle | None = None
+        self._begun: asyncio.Task[None] | None = None
+
+    def begin(self, handle: AsyncCommandHandle) -> None:
+        """Called once, when the command has started and before any output."""
+        self.handle = handle
+        started = {"id": handle.id, "seq": handle.seq}
+        self._begun = asyncio.create_task(self._channel.send({"id": self._ident, "started": started}))
 
     async def on_stdout(self, _: str) -> None:
-        await self.rest(1)
+        await self._rest(1)
 
     async def on_stderr(self, _: str) -> None:
-        await self.rest(2)
+        await self._rest(2)
 
-    async def rest(self, number: int) -> None:
-        assert self.handle is not None
+    async def _rest(self, number: int) -> None:
+        if self.handle is None or self._begun is None:
+            return  # answered from the log: `end` sends all of it
+        await asyncio.shield(self._begun)
         buffer = self.handle._stdout if number == 1 else self.handle._stderr
         data = bytes(buffer[self._sent[number] :])
         self._sent[number] = len(buffer)
         await _deliver(self._channel, self._ident, number, data)
+
+    async def end(self, result: CommandResult) -> dict[str, Any]:
+        """Sends what is left; the answer is the result without its texts."""
+        if self.handle is None:
+            started = {"id": 0, "seq": result.seq}
+            await self._channel.send({"id": self._ident, "started": started})
+            await _deliver(self._channel, self._ident, 1, result.stdout.encode())
+            await _deliver(self._channel, self._ident, 2, result.stderr.encode())
+        await self._rest(1)
+        await self._rest(2)
+        answer: dict[str, Any] = encode(result)
+        del answer["stdout"], answer["stderr"]
+        return answer
 
 
 async def _run(channel: Channel, ident: int, document: dict[str, Any]) -> Any:
     sandbox = await channel.sandbox()
     given = dict(document["args"])
     data = given.pop("stdin_data", None)
-    checked = arguments(model_of("commands.run", "on_stdout", "on_stderr", "background"), given)
+    checked = arguments(model_of("commands.run", "on_stdout", "on_stderr"), given)
     if data is not None:
         checked["stdin"] = _bytes(data)
     output = _Output(channel, ident)
-    handle = await sandbox.commands.run(
-        **checked, background=True, on_stdout=output.on_stdout, on_stderr=output.on_stderr
-    )
-    return await _follow(channel, ident, output, handle)
+
+    def begun(handle: AsyncCommandHandle) -> None:
+        output.begin(handle)
+        channel.edge.running(channel.sandbox_id, handle)
+
+    STARTED.set(begun)  # in this call's own context
+    checked |= {"on_stdout": output.on_stdout, "on_stderr": output.on_stderr}
+    outcome = await sandbox.commands.run(**checked)
+    if isinstance(outcome, AsyncCommandHandle):
+        if output.handle is None:
+            begun(outcome)
+        return await _follow(channel, output, outcome)
+    return await output.end(outcome)
 
 
 async def _attach(channel: Channel, ident: int, document: dict[str, Any]) -> Any:
@@ -133,26 +165,19 @@ async def _attach(channel: Channel, ident: int, document: dict[str, Any]) -> Any
     handle = await sandbox.commands.connect(
         _command(document), on_stdout=output.on_stdout, on_stderr=output.on_stderr
     )
-    return await _follow(channel, ident, output, handle)
-
-
-async def _follow(channel: Channel, ident: int, output: _Output, handle: AsyncCommandHandle) -> Any:
-    output.handle = handle
+    output.begin(handle)
     channel.edge.running(channel.sandbox_id, handle)
-    await channel.send({"id": ident, "started": {"id": handle.id, "seq": handle.seq}})
+    return await _follow(channel, output, handle)
+
+
+async def _follow(channel: Channel, output: _Output, handle: AsyncCommandHandle) -> Any:
     try:
-        result = await handle.wait()
+        return await output.end(await handle.wait())
     except asyncio.CancelledError:
-        task = handle._task
-        assert task is not None
-        task.cancel()  # kills the command and says so in the log
-        await asyncio.wait([task], timeout=6.0)
+        if channel.open and handle._task is not None:  # its client asked for that, not the end of this edge
+            handle._task.cancel()  # kills the command and says so in the log
+            await asyncio.wait([handle._task], timeout=6.0)
         raise
-    for number in (1, 2):
-        await output.rest(number)
-    answer: dict[str, Any] = encode(result)
-    del answer["stdout"], answer["stderr"]
-    return answer
 
 
 async def _stdin(channel: Channel, ident: int, document: dict[str, Any]) -> None:

@@ -14,18 +14,19 @@ from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import cast
 
+from rorqual.sandbox._async.files import _entry
 from rorqual.sandbox._async.sandbox import AsyncSandbox
-from rorqual.sandbox.errors import EdgeRefused, GuestGone, InvalidRequest
+from rorqual.sandbox._guest import FileInfo
+from rorqual.sandbox.errors import EdgeRefused, GuestFileError, GuestGone, InvalidRequest
 from rorqual.sandbox.records import FileEntry
-
-IN_MEMORY = 1 << 20
+from rorqual.sandbox.trajectory import INPUT_BYTES
 
 
 class Spool:
     """Bytes of one upload. A context manager; `write` it, then `commit` it."""
 
     def __init__(self, *, limit: int) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 -- closed in __exit__
+        self._file = tempfile.SpooledTemporaryFile(max_size=INPUT_BYTES)  # noqa: SIM115 -- closed in __exit__
         self._digest = hashlib.sha256()
         self._limit = limit
         self.size = 0
@@ -50,27 +51,29 @@ class Spool:
         self, sandbox: AsyncSandbox, path: str, *, mode: int | None, append: bool, user: str | None
     ) -> FileEntry:
         """AsyncFiles.write with what has arrived. Raises what it raises."""
-        if self.size <= IN_MEMORY:
+        session = sandbox._session
+        if self.size <= INPUT_BYTES or session.forward is not None:
             self._file.seek(0)
             return await sandbox.files.write(path, self._file.read(), mode=mode, append=append, user=user)
-        session = sandbox._session
-        where = session.path(path)
+        where, owner = session.path(path), user or session.launched.user
         self._file.rollover()
         self._file.flush()
+        # Not closed here: an exception may hold a view of it. It goes with its last reference.
+        content = cast(bytes, mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
         request = {
             "path": where,
             "size": self.size,
             "sha256": self._digest.hexdigest(),
             "mode": mode,
             "append": append,
+            "owner": owner,
         }
-        # Not closed here: an exception may hold a view of it. It goes with its last reference.
-        content = cast(bytes, mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
-        write = session.guest.write_file(
-            where, content, mode=mode, append=append, user=user or session.launched.user
-        )
-        await sandbox.files._change("write", request, write)
-        return await sandbox.files.get_info(where)
+
+        async def work() -> FileInfo:
+            await session.guest.write_file(where, content, mode=mode, append=append, user=owner)
+            return await session.guest.stat(where)
+
+        return _entry(await sandbox.files._change("write", request, work))
 
 
 async def pieces(sandbox: AsyncSandbox, path: str, *, max_bytes: int) -> AsyncGenerator[bytes, None]:
@@ -79,14 +82,25 @@ async def pieces(sandbox: AsyncSandbox, path: str, *, max_bytes: int) -> AsyncGe
         raise InvalidRequest(f"max_bytes: {max_bytes!r} must be 0 or more")
     session = sandbox._session
     where = session.path(path)
+    whole = session.forward is not None
     with session.alive():
-        got = 0
+        try:
+            whole = whole or (await session.guest.stat(where)).size <= INPUT_BYTES
+        except GuestFileError:
+            whole = True  # and the call says what is wrong
+        except GuestGone as error:
+            raise await session.verdict(error) from error
+        if whole:
+            yield await sandbox.files.read(path, format="bytes", max_bytes=max_bytes)
+            return
+        got, seen = 0, hashlib.sha256()
         try:
             async with contextlib.aclosing(
                 session.guest.read_pieces(where, offset=0, limit=max_bytes + 1)
             ) as reading:
                 async for piece in reading:
                     got += len(piece)
+                    seen.update(piece)
                     if got > max_bytes:
                         raise InvalidRequest(
                             f"{where}: larger than max_bytes={max_bytes}; pass a higher max_bytes"
@@ -94,3 +108,10 @@ async def pieces(sandbox: AsyncSandbox, path: str, *, max_bytes: int) -> AsyncGe
                     yield piece
         except GuestGone as error:
             raise await session.verdict(error) from error
+    session.log.note(
+        sandbox=session.id,
+        kind="read",
+        request={"path": where, "max_bytes": max_bytes},
+        result={"size": got, "sha256": seen.hexdigest(), "stdout_cut": True},
+        stdout=b"",
+    )
