@@ -162,10 +162,12 @@ class HttpRemote:
                 answer = connection.getresponse()
                 data = self._body(answer, where, end, size=size, offset=offset, max_bytes=max_bytes)
                 kept = not answer.will_close and answer.isclosed()
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RemoteError) as error:
             connection.close()
-            if time.monotonic() >= end:
+            if time.monotonic() >= end:  # an answer that the watch cut short looks like a bad one
                 raise RemoteError(f"{where}: not there after {deadline_s:g} s") from error
+            if isinstance(error, RemoteError):
+                raise
             if reused:  # a server may close what has idled; that says nothing about the file
                 return self._ask(
                     name,
