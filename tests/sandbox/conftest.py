@@ -15,7 +15,9 @@ from rorqual.sandbox.errors import HostUnfit
 from rorqual.sandbox.host import find_runtimes
 from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.keeper.client import close_all
+from rorqual.sandbox.network.order import lacking
 from rorqual.sandbox.state import StateDir
+from tests.sandbox.internet import World
 
 ROOT = Path(__file__).resolve().parents[2]
 GUEST = ROOT / "src/rorqual/sandbox/_bin/rorqual-guest"
@@ -59,6 +61,24 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StateDir]:
     left = leftovers(place) if place.run.exists() else []
     shutil.rmtree(place.run, ignore_errors=True)
     assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def internet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The small Internet of internet.py, and the settings that make it the sandboxes'."""
+    problem = lacking()
+    if problem is not None:
+        pytest.skip(str(problem))
+    with World(tmp_path_factory.mktemp("internet")) as world:
+        yield world
+
+
+@pytest.fixture
+def world(internet: World, runtime: str, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Sandboxes of this test go out through it."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(internet.config))
+    internet.zone({})
+    return internet
 
 
 @pytest.fixture(scope="session")

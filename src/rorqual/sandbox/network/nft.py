@@ -90,10 +90,6 @@ table {TABLE} {{
   set pairs {{ type ifname . ipv4_addr; }}
   map from {{ type ifname : verdict; }}
   map back {{ type ifname : verdict; }}
-  chain refused {{
-    meta l4proto tcp reject with tcp reset
-    drop
-  }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
     meta nfproto != ipv4 drop
@@ -125,7 +121,12 @@ def protect(networks: Iterable[IPv4Network]) -> str:
 
 
 def add_guest(number: int, interface: str, address: str) -> str:
-    """The chains and sets of a sandbox, which pass nothing until `set_policy`."""
+    """The chains and sets of a sandbox, which pass nothing until `set_policy`.
+
+    x: refused on the way out, answered and counted. y: on the way back, that is, of a connection that a new policy
+    cut: the packet becomes the reset that tells the sandbox, whose kernel takes it since it is the next in order; what
+    comes too often after that is answered with a reset to the other side.
+    """
     return f"""
 table {TABLE} {{
   counter out{number} {{ }}
@@ -148,6 +149,11 @@ table {TABLE} {{
     meta l4proto tcp reject with tcp reset
     reject with icmpx admin-prohibited
   }}
+  chain y{number} {{
+    meta l4proto tcp limit rate 20/second burst 20 packets tcp flags set rst accept
+    tcp flags & rst != rst reject with tcp reset
+    drop
+  }}
 }}
 add element {TABLE} pairs {{ "{interface}" . {address} }}
 add element {TABLE} from {{ "{interface}" : goto f{number} }}
@@ -161,8 +167,8 @@ def remove_guest(number: int, interface: str, address: str) -> str:
         f'delete element {TABLE} pairs {{ "{interface}" . {address} }}',
         f'delete element {TABLE} from {{ "{interface}" }}',
         f'delete element {TABLE} back {{ "{interface}" }}',
-        *(f"flush chain {TABLE} {chain}{number}" for chain in ("f", "t", "x")),
-        *(f"delete chain {TABLE} {chain}{number}" for chain in ("f", "t", "x")),
+        *(f"flush chain {TABLE} {chain}{number}" for chain in ("f", "t", "x", "y")),
+        *(f"delete chain {TABLE} {chain}{number}" for chain in ("f", "t", "x", "y")),
         *(f"delete set {TABLE} {kind}{number}" for kind in kinds),
         *(f"delete counter {TABLE} {kind}{number}" for kind in ("out", "in", "no")),
     ]
@@ -198,7 +204,7 @@ def _chain(number: int, epoch: int, policy: Compiled, *, out: bool) -> list[str]
     chain, (address, port) = ("f", ("ip daddr", "th dport")) if out else ("t", ("ip saddr", "th sport"))
     counter = f"counter name {'out' if out else 'in'}{number}"
     accept = f"ct mark set {epoch} {counter} accept"
-    refuse = f"goto x{number}" if out else "goto refused"
+    refuse = f"goto x{number}" if out else f"goto y{number}"
     rules = [f"ct mark {epoch} {counter} accept"]
     if out:
         rules += [
