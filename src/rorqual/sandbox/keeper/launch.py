@@ -216,9 +216,16 @@ def listen(directory: str, name: str) -> socket.socket:
     return listener
 
 
-def run(order: dict[str, Any], *, idmaps: Idmaps | None, channel: socket.socket | None = None) -> None:
+def run(
+    order: dict[str, Any],
+    *,
+    idmaps: Idmaps | None,
+    channel: socket.socket | None = None,
+    program: str = "",
+) -> None:
     """Runs in the forked child; ends in exec, or writes `stage: reason` to the sandbox's error file and exits
-    70. Hands the disk's directory to the keeper through `channel`, since no path leads there afterwards."""
+    70. Hands the disk's directory to the keeper through `channel`, since no path leads there afterwards.
+    program: the runtime's file, when not the order's (quick.py)."""
     stage = "start"
     directory = order["directory"]
     try:
@@ -255,7 +262,7 @@ def run(order: dict[str, Any], *, idmaps: Idmaps | None, channel: socket.socket 
         else:
             os.set_inheritable(GUEST_FD, True)
         os.chdir("/")
-        os.execve(order["runtime"][0], order["runtime"], order["env"])
+        os.execve(program or order["runtime"][0], order["runtime"], order["env"])
     except BaseException as error:
         with contextlib.suppress(BaseException):
             os.write(2, f"{stage}: {error}\n".encode())

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from rorqual.sandbox.keeper import cgroups, holds, launch, leases, linux, machine, network
+from rorqual.sandbox.keeper import cgroups, holds, launch, leases, linux, machine, network, quick
 from rorqual.sandbox.keeper.removal import remove_tree
 
 MAX_LINE = 4 << 20
@@ -80,6 +80,8 @@ class Keeper:
         self.limit = max(2, 2 * len(os.sched_getaffinity(0)))
         self.strays: dict[int, int] = {}
         self.idmaps = launch.Idmaps() if os.geteuid() == 0 else None
+        self.nudge = quick.Nudge()
+        self.sealed = quick.Sealed()
         self.owner_alive = True
         self.peers: set[Peer] = set()
         self.unused: dict[str, tuple[float, float]] = {}
@@ -206,6 +208,8 @@ class Keeper:
         if op == "launch":
             entry = Entry(request["order"])
             entry.reply = (peer, number)
+            if entry.order["cgroup"]:
+                self.nudge.now()
             entry.leases = leases.take(entry.order.get("leases", []))
             try:
                 os.mkdir(entry.directory, 0o700)
@@ -278,6 +282,7 @@ class Keeper:
                 ):  # made here, not in the child, so that the next launch finds them
                     for pair in entry.order["idmaps"]:
                         self.idmaps.fd(*pair)
+                program = "" if is_machine else self.sealed.path(entry.order["runtime"][0])
                 pid = os.fork()
             except OSError as error:
                 self.launching -= 1
@@ -289,7 +294,7 @@ class Keeper:
                     signal.signal(number, signal.SIG_DFL)
                 if entry.started is not None:
                     machine.run(entry.order, entry.started)
-                launch.run(entry.order, idmaps=self.idmaps, channel=channel)
+                launch.run(entry.order, idmaps=self.idmaps, channel=channel, program=program)
                 os._exit(70)
             if channel is not None:
                 channel.close()
