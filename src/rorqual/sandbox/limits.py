@@ -57,6 +57,10 @@ class SandboxSpec:
     mounts: Sequence[Mount] = ()
     runtime: str = ""
     """'crun' or 'runc'; empty: whichever works here, crun first."""
+    vmm: str = ""
+    """The monitor of a microvm, when it must be that one: 'qemu', 'firecracker'; empty: what suits this host."""
+    accelerated: bool | None = None
+    """A machine's CPU: True, with KVM or not at all; False, emulated; None, with KVM where it boots a guest."""
     user: str = ""
     """Default user of commands and files: `user` (uid 1000) or `root` (of the sandbox, not of the host).
     Empty: `user` where the host has ids for two, else `root`."""
@@ -71,6 +75,8 @@ class SandboxSpec:
         _number("pids", self.pids, low=8, high=1 << 20, unit="processes")
         if self.disk_mb is not None:
             _number("disk_mb", self.disk_mb, low=1, high=1 << 24, unit="MiB")
+        if self.accelerated not in (True, False, None):
+            raise InvalidRequest(f"accelerated: {self.accelerated!r} must be True, False or None")
         for name, value in self.envs.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or "\0" in value:
                 raise InvalidRequest(f"envs: {name!r} is not a variable name, or its value holds a NUL byte")

@@ -92,9 +92,11 @@ class SandboxInfo:
     """It stands still; the next call resumes it."""
     metadata: Mapping[str, str]
     limits: Mapping[str, str]
-    """What holds each limit: 'cgroup', 'rlimit', 'tmpfs' or 'none'."""
+    """What holds each limit: 'cgroup', 'rlimit', 'tmpfs', 'machine' (its size), 'guest' (its kernel) or 'none'."""
     notes: tuple[str, ...]
     """What this host does differently, in sentences."""
+    accelerator: str = ""
+    """A machine's: 'kvm', or 'tcg' when it is emulated; '' for what is no machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +173,7 @@ class Paused:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """The files of a sandbox at one moment; what `create(image=...)` takes. No process and no memory is in it."""
+    """A sandbox at one moment, as an image: what `create(image=...)` takes. Of a machine its memory is in it, too."""
 
     name: str
     """An image of this host: `images.images()` lists it, `images.remove_image(name)` removes it."""
@@ -185,6 +187,8 @@ class Snapshot:
     """Files and directories written or removed."""
     seconds: float
     """How long it stood still for the copy."""
+    memory: bool = False
+    """Processes and memory are in it: `create(substrate="microvm", image=...)` goes on where it was taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,9 +37,10 @@ from rorqual.sandbox._metrics import measure
 from rorqual.sandbox._reattach import forward_of
 from rorqual.sandbox._replay import Replay, replay
 from rorqual.sandbox._session import Session
-from rorqual.sandbox._snapshots import drop_fork, take, to_its_end
+from rorqual.sandbox._snapshots import drop_fork, to_its_end
 from rorqual.sandbox.errors import (
     GuestError,
+    GuestGone,
     InvalidRequest,
     LaunchFailed,
     SandboxError,
@@ -60,7 +61,6 @@ from rorqual.sandbox.trajectory import Log, TrajectoryEntry, open_log
 
 EDGE = "local"
 """The part of a sandbox's id that names its edge, when no daemon made it."""
-CONNECT_S = 20.0
 MAX_FORK = 100
 _OF_THE_EDGE = ("cls", "edge", "token", "lease")
 """What `create` does not hand to the maker of the sandbox."""
@@ -133,6 +133,8 @@ class AsyncSandbox:
         mounts: Sequence[Mount | Mapping[str, Any]] | Mapping[str, str] = (),
         user: str = "",
         runtime: str = "",
+        vmm: str = "",
+        accelerated: bool | None = None,
         metadata: Mapping[str, str] | None = None,
         require: Sequence[str] = (),
         keep: bool = False,
@@ -148,7 +150,9 @@ class AsyncSandbox:
         user inside ('user' or 'root'; '' is 'user' where the host can give two ids). mounts: host paths shown
         inside. require: capabilities it must have. keep: outlive this process. trajectory: the log's file, by
         default the state directory's.
-        runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
+        runtime: 'crun' or 'runc', when it must be that one. vmm: a microvm's monitor, likewise. accelerated: True: a
+        machine with KVM, or Unsupported; False: emulated; None: with KVM where that boots a guest.
+        Fields and defaults: limits.SandboxSpec.
         image: a name of `images.images()`, or what `snapshot()` returned. layers: images on top of it, such as
         a workspace and a toolkit, the later over the earlier, all below what a snapshot had written.
         network: 'offline', the name of another policy ('pypi', 'open', your own), or a NetworkPolicy. secrets:
@@ -522,10 +526,11 @@ class AsyncSandbox:
             await self._session.resume(by="resume()")
 
     async def snapshot(self, *, bounds: Bounds = _BOUNDS) -> Snapshot:
-        """Its files as they are now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
+        """It as it is now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
 
-        It stands still for the copy. Contained: everything written outside of mounts, /dev and /proc. Not
-        contained: processes, memory, /dev/shm, the variables given to `create`.
+        It stands still for the copy. Contained: everything written outside of mounts, /dev and /proc; of a machine
+        also its memory, processes included, and `create` goes on there. Not contained otherwise: processes, memory,
+        /dev/shm, the variables given to `create`.
 
         Raises:
             Unsupported: no freezer cgroup can be used here (rootless).
@@ -549,7 +554,8 @@ class AsyncSandbox:
     ) -> builtins.list[AsyncSandbox]:
         """`count` new sandboxes with the files of this one, which runs on; all or none.
 
-        A disk fork: no process and no memory is carried over. They get this one's limits, variables and mounts,
+        Of containers no process and no memory is carried over; of machines both, with entropy, identity and clock of
+        each child's own, and one copy of the memory until they write. They get this one's limits, variables and mounts,
         an id, a host name and a trajectory of their own, and share one copy of the files until they write.
         timeout: their lifetime from now, in seconds; None: what this one was created with.
 
@@ -560,7 +566,7 @@ class AsyncSandbox:
             raise InvalidRequest(f"count: {count!r} must be a whole number from 1 to {MAX_FORK}")
         if (known := self._known("fork", {"count": count})) is not None:
             return [await self.attach(child) for child in known["children"]]
-        record = await self._ready("disk_fork")
+        record = await self._ready("fork")
         session = self._session
         spec = SandboxSpec(
             **record["spec"] | {"mounts": parse_mounts(record["spec"]["mounts"]), "keep": self._keeps_forks}
@@ -570,7 +576,8 @@ class AsyncSandbox:
         seq = await session.log.begin(sandbox=self.id, kind="fork", request={"count": count})
         result: dict[str, Any] = {"error": "abandoned"}
         try:
-            taken, held = await take(session, record, name="", state=self._state, bounds=bounds)
+            kind = substrate(record["substrate"])
+            taken, held = await kind.take(session, record, name="", state=self._state, bounds=bounds)
             drop = partial(drop_fork, taken.name, held, state=self._state)
             spec = replace(spec, image=taken.name, layers=())
             children: builtins.list[AsyncSandbox] = []
@@ -643,8 +650,11 @@ class AsyncSandbox:
     async def _ready(self, capability: str) -> dict[str, Any]:
         """Its record, when it can do that. Raises Unsupported, SandboxEnded."""
         record = await self._record()
-        names = substrate(record["substrate"]).capabilities()
-        if capability not in names or not record["cgroup"]:
+        kind = substrate(record["substrate"])
+        names = kind.capabilities()
+        if capability in ("snapshot", "fork"):
+            capability = f"{kind.snapshots}_{capability}"
+        if capability not in names or not (record["cgroup"] or capability.startswith("memory")):
             raise Unsupported(
                 capability,
                 reason="it needs a freezer cgroup, and this sandbox has none (rootless, or cgroups not writable)",
@@ -668,12 +678,15 @@ class AsyncSandbox:
     async def _take(self, kind: str, *, name: str, bounds: Bounds) -> Snapshot:
         if (known := self._known(kind, {"image": name})) is not None:
             return Snapshot(**known)
-        record = await self._ready("disk_snapshot")
+        record = await self._ready("snapshot")
         log = self._session.log
         seq = await log.begin(sandbox=self.id, kind=kind, request={"image": name})
         result: dict[str, Any] = {"error": "abandoned"}
         try:
-            taken, held = await take(self._session, record, name=name, state=self._state, bounds=bounds)
+            kind_of = substrate(record["substrate"])
+            taken, held = await kind_of.take(
+                self._session, record, name=name, state=self._state, bounds=bounds
+            )
             leases.give(held)
             result = asdict(taken)
         except SandboxError as error:
@@ -747,7 +760,13 @@ def _require(name: str, require: Sequence[str]) -> Any:
 async def _connect(launched: Launched, log: Log, *, kill_on_failure: bool = True) -> Session:
     """Shakes hands with the agent; a sandbox whose agent does not answer is ended."""
     try:
-        guest = await GuestClient.connect(launched.guest, timeout=CONNECT_S)
+        guest = await _reach(launched)
+        if launched.greet is not None:
+            try:
+                await launched.greet(guest)
+            except BaseException:
+                await guest.close()
+                raise
     except BaseException as error:
         detail = f"the guest agent did not answer: {error}"
         if kill_on_failure:
@@ -760,6 +779,35 @@ async def _connect(launched: Launched, log: Log, *, kill_on_failure: bool = True
             raise LaunchFailed(launched.sandbox_id, stage="agent", detail=detail) from error
         raise
     return Session(launched=launched, guest=guest, log=log, envs=launched.envs)
+
+
+async def _reach(launched: Launched) -> GuestClient:
+    """A connection to its agent; GuestGone as soon as the sandbox ends."""
+    loop = asyncio.get_running_loop()
+    over: asyncio.Future[str] = loop.create_future()
+
+    def ended(cause: str, detail: str) -> None:
+        def settle() -> None:
+            if not over.done():
+                over.set_result(f"it ended: {cause} ({detail})")
+
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle)
+
+    launched.keeper.watch(launched.sandbox_id, ended)
+    connecting = asyncio.ensure_future(GuestClient.connect(launched.guest, timeout=launched.patience))
+    try:
+        both: set[asyncio.Future[Any]] = {connecting, over}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not connecting.done():
+            raise GuestGone(over.result())
+        return await connecting
+    finally:
+        launched.keeper.unwatch(launched.sandbox_id, ended)
+        over.cancel()
+        if not connecting.done():
+            connecting.cancel()
+            await asyncio.wait([connecting])
 
 
 def _record(state: StateDir, sandbox_id: str) -> dict[str, Any] | None:
@@ -809,4 +857,5 @@ def _info(record: Mapping[str, Any]) -> SandboxInfo:
         metadata=record["metadata"],
         limits=record["limits"],
         notes=tuple(record["notes"]),
+        accelerator=record.get("accelerator", ""),
     )

@@ -73,6 +73,8 @@ class Sandbox:
         mounts: Sequence[Mount | Mapping[str, Any]] | Mapping[str, str] = (),
         user: str = "",
         runtime: str = "",
+        vmm: str = "",
+        accelerated: bool | None = None,
         metadata: Mapping[str, str] | None = None,
         require: Sequence[str] = (),
         keep: bool = False,
@@ -88,7 +90,9 @@ class Sandbox:
         user inside ('user' or 'root'; '' is 'user' where the host can give two ids). mounts: host paths shown
         inside. require: capabilities it must have. keep: outlive this process. trajectory: the log's file, by
         default the state directory's.
-        runtime: 'crun' or 'runc', when it must be that one. Fields and defaults: limits.SandboxSpec.
+        runtime: 'crun' or 'runc', when it must be that one. vmm: a microvm's monitor, likewise. accelerated: True: a
+        machine with KVM, or Unsupported; False: emulated; None: with KVM where that boots a guest.
+        Fields and defaults: limits.SandboxSpec.
         image: a name of `images.images()`, or what `snapshot()` returned. layers: images on top of it, such as
         a workspace and a toolkit, the later over the earlier, all below what a snapshot had written.
         network: 'offline', the name of another policy ('pypi', 'open', your own), or a NetworkPolicy. secrets:
@@ -123,6 +127,8 @@ class Sandbox:
                     mounts=mounts,
                     user=user,
                     runtime=runtime,
+                    vmm=vmm,
+                    accelerated=accelerated,
                     metadata=metadata,
                     require=require,
                     keep=keep,
@@ -304,10 +310,11 @@ class Sandbox:
         run(self._inner.resume())
 
     def snapshot(self, *, bounds: Bounds = _BOUNDS) -> Snapshot:
-        """Its files as they are now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
+        """It as it is now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
 
-        It stands still for the copy. Contained: everything written outside of mounts, /dev and /proc. Not
-        contained: processes, memory, /dev/shm, the variables given to `create`.
+        It stands still for the copy. Contained: everything written outside of mounts, /dev and /proc; of a machine
+        also its memory, processes included, and `create` goes on there. Not contained otherwise: processes, memory,
+        /dev/shm, the variables given to `create`.
 
         Raises:
             Unsupported: no freezer cgroup can be used here (rootless).
@@ -329,7 +336,8 @@ class Sandbox:
     ) -> builtins.list[Sandbox]:
         """`count` new sandboxes with the files of this one, which runs on; all or none.
 
-        A disk fork: no process and no memory is carried over. They get this one's limits, variables and mounts,
+        Of containers no process and no memory is carried over; of machines both, with entropy, identity and clock of
+        each child's own, and one copy of the memory until they write. They get this one's limits, variables and mounts,
         an id, a host name and a trajectory of their own, and share one copy of the files until they write.
         timeout: their lifetime from now, in seconds; None: what this one was created with.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rorqual.sandbox.errors import ImageError, ImageNotFound, InvalidRequest
+from rorqual.sandbox.errors import ImageError, ImageNotFound, InvalidRequest, Unsupported
 from rorqual.sandbox.images import layers as stacks
 from rorqual.sandbox.images import snapshots
 from rorqual.sandbox.images.base import RootFs, base_image
@@ -139,6 +139,12 @@ def _root(name: str, *, state: StateDir) -> RootFs:
     if not (place / "image.json").is_file():
         raise ImageNotFound(name, known=[info.name for info in images(state=state)])
     record = json.loads((place / "image.json").read_text(encoding="utf-8"))
+    if record["origin"] == "memory":
+        raise Unsupported(
+            f"image={name!r} here",
+            reason="it is a machine's memory, and goes on as a machine only",
+            available=["substrate='microvm'"],
+        )
     if "stack" in record:
         below = tuple(record.get("parent_layers", ()))
         parent = root_file_system(record["parent"], layers=below, state=state)

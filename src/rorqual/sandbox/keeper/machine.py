@@ -4,12 +4,16 @@ Order of the child: process group, death signal -> cgroup -> descriptors -> netw
 user -> exec. An order of kind "machine" has, beside what every order has (id, directory, keep, timeout, cgroup,
 trajectory, leases, userns: null, record):
     argv, env     the VMM's; `{name}` in an argument is the number of the descriptor `name` of `files`
-    files         {name: {"path": p, "write": bool}} opened before the user changes, or
-                  {name: {"memfd": bytes}}, memory without a name, which goes with the VMM
+    files         by name, opened before the user changes:
+                  {"path": p, "write": bool}; with "copy": name, a copy of it in the sandbox's directory, to write
+                  {"memfd": bytes, "fill": path or null}, memory without a name, which goes with the VMM
+                  {"tap": name}, an interface of the VMM's network namespace
     limits        {"memory": bytes | null, "pids": n | null, "cpu": CPUs | null} of the VMM, in the sandbox's cgroup
     user          the uid and gid the VMM runs as (root only), or null
     shown         host directories the VMM sees, read-only; null: no jail, the host's root
     devices       device nodes it may open, of DEVICES
+    chroot        the files of a VMM whose own jailer makes the jail and changes the user (keeper/chroot.py), or null
+    links         also links to the descriptors, by their names, in the VMM's directory
     network       null: none but lo; otherwise keeper/network.py's business
 The VMM starts in `<directory>/vm`, which is its user's, and which the jail shows as /vm; there it makes its sockets.
 Its stdout is the guest's console and its stderr its complaints: the keeper keeps the last TAIL bytes of each in memory,
@@ -20,14 +24,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import resource
 import signal
 import stat
+import struct
 from typing import Any
 
-from rorqual.sandbox.keeper import cgroups, linux
+from rorqual.sandbox.keeper import cgroups, chroot, linux
+from rorqual.sandbox.keeper.sparse import copy_sparse
 
 TAIL = 16 << 10
 STAGES = ("start", "cgroup", "files", "namespaces", "network", "jail", "user", "exec")
@@ -40,6 +47,7 @@ _MS_NOEXEC = 8
 _PR_SET_NO_NEW_PRIVS = 38
 _JAIL = "/mnt"
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([^\r\n]*)")
+_AGENT = re.compile(rb"rorqual-guest: ([^\r\n]*)")
 
 
 class Tail:
@@ -108,7 +116,9 @@ def verdict(status: int, *, console: bytes, errors: bytes, oom_killed: bool) -> 
         if "Out of memory" in reason or "deadlocked on memory" in reason:
             return "oom", f"the guest's kernel panicked: {reason}"
         if "Attempted to kill init" in reason:
-            return "infra", f"the guest agent died, and its kernel panicked: {reason}"
+            words = _AGENT.findall(console)
+            last = words[-1].decode("utf-8", "replace")[:200] if words else reason
+            return "infra", f"the guest agent died, and its kernel panicked: {last}"
         return "infra", f"the guest's kernel panicked: {reason}"
     if code == -signal.SIGKILL and oom_killed:
         return "oom", "the host's memory limit killed its VMM"
@@ -135,10 +145,14 @@ def run(order: dict[str, Any], started: Started) -> None:
             cgroups.make(order["cgroup"], memory=limits["memory"], pids=limits["pids"], cpu=limits["cpu"])
             cgroups.join(order["cgroup"], os.getpid())
         stage = "files"
-        numbers = {name: _open(name, item) for name, item in order["files"].items()}
-        argv = [_fill(argument, numbers) for argument in order["argv"]]
+        taps = {name: item for name, item in order["files"].items() if "tap" in item}
+        numbers = {
+            name: _open(name, item, order) for name, item in order["files"].items() if name not in taps
+        }
         home, user = order["directory"] + "/vm", order["user"]
         os.mkdir(home, 0o700)
+        for name, number in numbers.items() if order.get("links") else ():
+            os.symlink(f"/proc/self/fd/{number}", f"{home}/{name}")
         if user is not None:
             os.chown(home, user, user)
         stage = "namespaces"
@@ -151,8 +165,12 @@ def run(order: dict[str, Any], started: Started) -> None:
         if order.get("network") is not None:
             stage = "network"
             _enter_network(order["network"])
+            numbers |= {name: _open_tap(item["tap"]) for name, item in taps.items()}
+        argv = [_fill(argument, numbers) for argument in order["argv"]]
         stage = "jail"
-        if root and order["shown"] is not None:
+        if order.get("chroot") is not None:
+            chroot.prepare(home, order["chroot"])
+        elif root and order["shown"] is not None:
             _jail(order, home)
             home = "/vm"
         os.chdir(home)
@@ -175,13 +193,36 @@ def run(order: dict[str, Any], started: Started) -> None:
         os._exit(70)
 
 
-def _open(name: str, item: dict[str, Any]) -> int:
+def _open(name: str, item: dict[str, Any], order: dict[str, Any]) -> int:
     """An inheritable descriptor."""
     if "memfd" in item:
         fd = os.memfd_create(f"rorqual-{name}", 0)
         os.ftruncate(fd, item["memfd"])
+        if item.get("fill"):
+            _copy(item["fill"], fd)
+    elif "copy" in item:
+        fd = os.open(f"{order['directory']}/{item['copy']}", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        _copy(item["path"], fd)
+        if order["user"] is not None:
+            os.fchown(fd, order["user"], order["user"])
     else:
         fd = os.open(item["path"], os.O_RDWR if item.get("write") else os.O_RDONLY)
+    os.set_inheritable(fd, True)
+    return fd
+
+
+def _copy(source: str, fd: int) -> None:
+    reader = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        copy_sparse(reader, fd)
+    finally:
+        os.close(reader)
+
+
+def _open_tap(name: str) -> int:
+    """TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR (linux/if_tun.h)."""
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x0002 | 0x1000 | 0x4000))
     os.set_inheritable(fd, True)
     return fd
 

@@ -6,9 +6,14 @@ from rorqual.sandbox.errors import InvalidRequest, Unsupported
 from rorqual.sandbox.substrates.base import Launched, Substrate
 from rorqual.sandbox.substrates.container import Container
 from rorqual.sandbox.substrates.function import Functions
+from rorqual.sandbox.substrates.microvm import MicroVm
 
 SUBSTRATES = ("function", "container", "microvm", "fullvm")
-_BUILT: dict[str, Substrate] = {"container": Container(), "function": Functions()}
+_BUILT: dict[str, Substrate] = {
+    "container": Container(),
+    "function": Functions(),
+    "microvm": MicroVm(),
+}
 
 
 def substrate(name: str) -> Substrate:

@@ -13,19 +13,25 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rorqual.sandbox import bundle, host, images
 from rorqual.sandbox.errors import HostUnfit, InvalidRequest, LaunchFailed, Unsupported
+from rorqual.sandbox.images.unpack import Bounds
 from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.keeper.client import KeeperClient, own_keeper
 from rorqual.sandbox.limits import SandboxSpec
 from rorqual.sandbox.network.order import guest_files, network_capabilities, network_order, network_record
 from rorqual.sandbox.network.secret import secret_envs
+from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
-from rorqual.sandbox.substrates.base import Launched
+from rorqual.sandbox.substrates.base import Launched, run_order
+
+if TYPE_CHECKING:
+    from rorqual.sandbox._session import Session
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +40,6 @@ _CAPABILITIES = frozenset(
 )
 _NEED_FREEZER = frozenset({"pause", "disk_snapshot", "disk_fork", "commit"})
 """Files and processes must stand still together: where no freezer cgroup can be used, none of these is offered."""
-_LAUNCH_DEADLINE_S = 120.0
-"""96 launches at once on two cores take a few seconds; a runtime that hangs must not hang its caller."""
 
 
 def guest_binary() -> Path:
@@ -52,6 +56,7 @@ class Container:
     """See the module."""
 
     name = "container"
+    snapshots = "disk"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -111,6 +116,13 @@ class Container:
         assert failure is not None
         raise failure
 
+    async def take(
+        self, session: Session, record: Mapping[str, Any], *, name: str, state: StateDir, bounds: Bounds
+    ) -> tuple[Snapshot, list[int]]:
+        from rorqual.sandbox._snapshots import take  # which imports this package
+
+        return await take(session, record, name=name, state=state, bounds=bounds)
+
 
 def _root(spec: SandboxSpec, state: StateDir) -> images.RootFs:
     """Its layers are mounted by the layer holder when this returns."""
@@ -162,21 +174,7 @@ async def _launch(
 async def start(order: dict[str, Any], plan: host.HostPlan, keeper: KeeperClient) -> Launched:
     """Has the keeper launch it; returns when its first process runs under its memory limit. Raises LaunchFailed."""
     sandbox_id, cgroup, record = order["id"], order["cgroup"], order["record"]
-    future = keeper.request("launch", order=order)
-    try:
-        answer = await asyncio.wait_for(asyncio.wrap_future(future), timeout=_LAUNCH_DEADLINE_S)
-    except BaseException as error:  # cancelled or too slow: whatever the keeper has begun, it ends
-        detail = "the launch was cancelled"
-        end = keeper.request("kill", sandbox=sandbox_id, cause="killed", detail=detail)
-        with contextlib.suppress(Exception, asyncio.CancelledError):
-            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(end)), timeout=10.0)
-        if isinstance(error, TimeoutError):
-            raise LaunchFailed(
-                sandbox_id, stage="runtime", detail=f"no answer in {_LAUNCH_DEADLINE_S:g} s"
-            ) from error
-        raise
-    if "error" in answer:
-        raise LaunchFailed(sandbox_id, stage=answer["error"]["stage"], detail=answer["error"]["detail"])
+    answer = await run_order(keeper, order)
     if plan.has_cgroups:
         held = memory_limit(cgroup)
         if held != order["config"]["linux"]["resources"]["memory"]["limit"]:
@@ -185,8 +183,6 @@ async def start(order: dict[str, Any], plan: host.HostPlan, keeper: KeeperClient
                 keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=detail)
             )
             raise LaunchFailed(sandbox_id, stage="limits", detail=detail)
-    if order["keep"]:
-        keeper.keeps = True
     holder = "cgroup" if plan.has_cgroups else "rlimit"
     return Launched(
         sandbox_id=sandbox_id,

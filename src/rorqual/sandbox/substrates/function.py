@@ -18,17 +18,22 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rorqual.sandbox import bundle, host, images, seccomp
 from rorqual.sandbox.errors import GuestGone, GuestProtocolError, HostUnfit, LaunchFailed, Unsupported
+from rorqual.sandbox.images.unpack import Bounds
 from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.keeper.client import KeeperClient, own_keeper
 from rorqual.sandbox.limits import FunctionSpec, SandboxSpec
+from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates import zygote
 from rorqual.sandbox.substrates.base import Launched
 from rorqual.sandbox.substrates.container import launch_order, start, variants, worth_trying
+
+if TYPE_CHECKING:
+    from rorqual.sandbox._session import Session
 
 CAPABILITIES = (
     "CAP_KILL",  # the end of a call, which is another user
@@ -55,6 +60,7 @@ class Functions:
     """The substrate as the registry knows it: what `require` may name, and where to turn."""
 
     name = "function"
+    snapshots = ""
 
     def capabilities(self) -> frozenset[str]:
         return frozenset({"calls", "imports", "trajectory", "network:offline"})
@@ -67,6 +73,11 @@ class Functions:
             reason="a function runs calls and keeps nothing between them, so it has no commands, files or terminals",
             available=["Sandbox.function(image=..., imports=...)", "substrate='container'"],
         )
+
+    async def take(
+        self, session: Session, record: Mapping[str, Any], *, name: str, state: StateDir, bounds: Bounds
+    ) -> tuple[Snapshot, list[int]]:
+        raise Unsupported("a function's snapshot", reason="nothing of a call outlives it", available=[])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,347 @@
+"""The microvm substrate: a machine with a kernel of its own, in seconds of emulation or a fraction of one with KVM.
+
+Turns a request into the keeper's order of kind "machine" (keeper/machine.py): finds kernel, initial file system and
+root images, asks the monitor (machines/vmm.py) for its command line, and says what holds which limit. A memory snapshot
+is an image, too: `create(image=...)` of one goes on where it was taken, as another sandbox, with entropy, identity and
+clock of its own. Owns the choice of the monitor and of KVM or emulation; never a silent one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from rorqual.sandbox import host
+from rorqual.sandbox._guest import GuestClient
+from rorqual.sandbox.errors import HostUnfit, InvalidRequest, LaunchFailed, SandboxError, Unsupported
+from rorqual.sandbox.images.unpack import Bounds
+from rorqual.sandbox.keeper import cgroups, leases
+from rorqual.sandbox.keeper.client import own_keeper
+from rorqual.sandbox.limits import SandboxSpec
+from rorqual.sandbox.machines import memory, rootfs, snapshot
+from rorqual.sandbox.machines.initrd import initrd
+from rorqual.sandbox.machines.kernel import find_kernel
+from rorqual.sandbox.machines.qemu import Qemu
+from rorqual.sandbox.machines.vmm import Accelerator, Boot, Vmm
+from rorqual.sandbox.records import Snapshot
+from rorqual.sandbox.state import StateDir
+from rorqual.sandbox.substrates.base import Launched, run_order
+from rorqual.sandbox.substrates.container import guest_binary
+
+if TYPE_CHECKING:
+    from rorqual.sandbox._session import Session
+
+VMMS: dict[str, Vmm] = {"qemu": Qemu()}
+_CAPABILITIES = frozenset(
+    {
+        *("commands", "files", "pty", "background", "reattach", "trajectory", "network:offline", "ports"),
+        *("memory_snapshot", "memory_fork", "commit", "balloon", "root", "own_kernel"),
+    }
+)
+MIN_MEMORY_MB = 96
+_VMM_PIDS = 64
+"""Threads of a VMM beside its CPUs."""
+PATIENCE_S = 90.0
+"""How long a guest may take to answer: an emulated one on a busy host takes its time."""
+
+
+class MicroVm:
+    """See the module."""
+
+    name = "microvm"
+    snapshots = "memory"
+
+    def capabilities(self) -> frozenset[str]:
+        names = set(_CAPABILITIES)
+        if cgroups.can_freeze():
+            names.add("pause")
+        try:
+            if any(vmm.accelerator().name == "kvm" for vmm in VMMS.values()):
+                names.add("accelerated")
+        except HostUnfit:
+            pass
+        return frozenset(names)
+
+    async def launch(
+        self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
+    ) -> Launched:
+        _refuse(spec)
+        return await asyncio.shield(
+            asyncio.ensure_future(_launch(spec, sandbox_id=sandbox_id, state=state, trajectory=trajectory))
+        )
+
+    async def take(
+        self, session: Session, record: Mapping[str, Any], *, name: str, state: StateDir, bounds: Bounds
+    ) -> tuple[Snapshot, list[int]]:
+        """bounds do not apply: a machine's memory and disk are bounded by what it was created with."""
+        return await snapshot.take(session, record, VMMS[record["machine"]["vmm"]], name=name, state=state)
+
+
+def _refuse(spec: SandboxSpec) -> None:
+    """Raises Unsupported for what no machine can do."""
+    if spec.network != "offline":
+        raise Unsupported(
+            f"network={spec.network!r}",
+            reason="the microvm substrate has no network beyond its own loopback yet",
+            available=("offline",),
+        )
+    if spec.mounts:
+        raise Unsupported(
+            f"mounts={spec.mounts[0].source!r}",
+            reason="a machine shares no file system with its host",
+            available=["files.write", "images.import_oci", "substrate='container'"],
+        )
+    if spec.runtime:
+        raise Unsupported(
+            f"runtime={spec.runtime!r}",
+            reason="a machine has a monitor, not an OCI runtime",
+            available=[f"vmm={name!r}" for name in VMMS],
+        )
+    if spec.vmm and spec.vmm not in VMMS:
+        raise Unsupported(f"vmm={spec.vmm!r}", reason="there is no such monitor here", available=tuple(VMMS))
+
+
+def choose(spec: SandboxSpec) -> tuple[Vmm, Accelerator]:
+    """The monitor and what accelerates it. Blocks, for seconds at a host's first. Raises Unsupported, HostUnfit."""
+    vmm = VMMS[spec.vmm or "qemu"]
+    if spec.accelerated is False:
+        vmm.program()
+        return vmm, Accelerator(name="tcg", why="emulation was asked for")
+    found = vmm.accelerator()
+    if spec.accelerated and found.name != "kvm":
+        raise Unsupported(
+            "accelerated=True",
+            reason=f"{found.why}; a guest would be emulated",
+            available=["accelerated=None, which emulates"],
+        )
+    return vmm, found
+
+
+async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path) -> Launched:
+    vmm, accelerator = await asyncio.to_thread(choose, spec)
+    boot, record, held = await asyncio.to_thread(
+        _prepare, spec, vmm, accelerator, sandbox_id=sandbox_id, state=state
+    )
+    directory = state.sandboxes / sandbox_id
+    plan = vmm.plan(boot, vm=directory / "vm")
+    keeper = await asyncio.to_thread(own_keeper, state)
+    root = os.geteuid() == 0
+    cgroup = f"/rorqual-{sandbox_id}" if root and cgroups.hierarchies() else ""
+    memory_limit = boot.memory_mb + plan.overhead_mb << 20 if cgroup else None
+    record |= {
+        "id": sandbox_id,
+        "directory": str(directory),
+        "substrate": spec.substrate,
+        "image": spec.image,
+        "runtime": vmm.name,
+        "accelerator": accelerator.name,
+        "rootless": not root,
+        "network": "offline",
+        "metadata": dict(spec.metadata),
+        "created": time.time(),
+        "spec": asdict(spec),
+        "id_base": None,
+        "cgroup": cgroup,
+        "guest": plan.guest,
+        "trajectory": str(trajectory),
+        "limits": {
+            "memory": "machine",
+            "pids": "guest",
+            "cpu": "cgroup" if cgroup else "none",
+            "disk": "guest" if record["disk_mb"] is not None else "none",
+        },
+    }
+    order = {
+        "kind": "machine",
+        "id": sandbox_id,
+        "directory": str(directory),
+        "keep": spec.keep,
+        "timeout": spec.timeout,
+        "cgroup": cgroup,
+        "trajectory": str(trajectory),
+        "leases": held,
+        "userns": None,
+        "argv": plan.argv,
+        "env": plan.env,
+        "files": plan.files,
+        "limits": {"memory": memory_limit, "pids": _VMM_PIDS + boot.cpus, "cpu": spec.cpu},
+        "user": _user(sandbox_id) if root else None,
+        "shown": plan.shown if root else None,
+        "devices": plan.devices,
+        "network": None,
+        "record": record,
+    }
+    answer = await run_order(keeper, order)
+    try:
+        await vmm.start(boot, vm=directory / "vm")
+    except BaseException as error:
+        request = keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=f"its VMM: {error}")
+        await asyncio.shield(asyncio.wrap_future(request))
+        if isinstance(error, SandboxError):
+            raise LaunchFailed(sandbox_id, stage="vmm", detail=str(error)) from error
+        raise
+    return Launched(
+        sandbox_id=sandbox_id,
+        keeper=keeper,
+        guest=plan.guest,
+        user=record["user"],
+        workdir=record["workdir"],
+        envs=record["envs"],
+        expires=answer["expires"],
+        runtime=vmm.name,
+        limits=record["limits"],
+        notes=tuple(record["notes"]),
+        oom_kills=cgroups.OomCounter(cgroup).read,
+        patience=PATIENCE_S,
+        greet=partial(_become_its_own, sandbox_id, record) if boot.restore is not None else None,
+    )
+
+
+def _user(sandbox_id: str) -> int:
+    """The host id of a sandbox's VMM, above those of containers: two machines share one only by chance."""
+    return (
+        host.ID_BASE + host.ID_COUNT + int.from_bytes(hashlib.sha256(sandbox_id.encode()).digest()[:2], "big")
+    )
+
+
+def _prepare(
+    spec: SandboxSpec, vmm: Vmm, accelerator: Accelerator, *, sandbox_id: str, state: StateDir
+) -> tuple[Boot, dict[str, Any], list[str]]:
+    """The machine, its part of the record, and the leases on what it is restored from. Blocks.
+
+    Raises HostUnfit, ImageNotFound, ImageRejected, InvalidRequest, Unsupported.
+    """
+    found = snapshot.find(spec.image, state=state)
+    if found is not None:
+        return _restored(spec, vmm, accelerator, *found, sandbox_id=sandbox_id)
+    kernel = find_kernel()
+    root = rootfs.machine_root(spec.image, layers=spec.layers, state=state)
+    user = spec.user or "user"
+    workdir = spec.workdir or ("/home/user" if user == "user" else "/root")
+    homes = {"/home/user": host.USER_ID, "/root": 0}
+    homes.setdefault(workdir, host.USER_ID if user == "user" else 0)
+    arguments = ["--layers", str(len(root.layers)), "--pids", str(spec.pids)]
+    arguments += ["--disk", str(spec.disk_mb)] if spec.disk_mb is not None else ["--disk-device"]
+    for path, owner in homes.items():
+        if path not in ("/", "/tmp"):
+            arguments += ["--home", f"{quote(path)}:{owner}"]
+    arguments += ["--boot-env", f"RORQUAL_SANDBOX={sandbox_id}"]
+    boot = Boot(
+        sandbox_id=sandbox_id,
+        kernel=kernel,
+        initrd=initrd(kernel, guest_binary(), vmm.modules),
+        layers=root.layers,
+        arguments=tuple(arguments),
+        memory_mb=_machine_memory(spec),
+        cpus=max(1, math.ceil(spec.cpu)),
+        accelerator=accelerator.name,
+        disk=snapshot.empty_disk() if spec.disk_mb is None else None,
+    )
+    record = {
+        "user": user,
+        "workdir": workdir,
+        "image_envs": dict(root.envs),
+        "envs": {**root.envs, **spec.envs},
+        "cpu": spec.cpu,
+        "memory_mb": spec.memory_mb,
+        "pids": spec.pids,
+        "disk_mb": spec.disk_mb,
+        "notes": [*root.notes, _words(vmm, accelerator)],
+        "machine": {
+            "vmm": vmm.name,
+            "accelerator": accelerator.name,
+            "memory_mb": boot.memory_mb,
+            "cpus": boot.cpus,
+            "kernel": kernel.release,
+            "layers": [str(layer) for layer in root.layers],
+            "disk": boot.disk is not None,
+        },
+    }
+    return boot, record, []
+
+
+def _restored(
+    spec: SandboxSpec,
+    vmm: Vmm,
+    accelerator: Accelerator,
+    place: Path,
+    image: dict[str, Any],
+    *,
+    sandbox_id: str,
+) -> tuple[Boot, dict[str, Any], list[str]]:
+    """As `_prepare`, for a memory snapshot: memory, CPUs and disk are what they were."""
+    machine, was = image["machine"], image["record"]
+    if machine["vmm"] != vmm.name or machine["accelerator"] != accelerator.name:
+        raise Unsupported(
+            f"image={spec.image!r}",
+            reason=f"{machine['vmm']} with {machine['accelerator']} took it, and it cannot go on in {vmm.name} "
+            f"with {accelerator.name}",
+            available=[f"vmm={machine['vmm']!r}, accelerated={machine['accelerator'] == 'kvm'}"],
+        )
+    if spec.layers:
+        raise Unsupported(f"layers={list(spec.layers)}", reason="a machine's memory goes with its own root")
+    for name, default in (("memory_mb", 512), ("disk_mb", 512), ("pids", 256)):
+        if getattr(spec, name) not in (default, was[name]):
+            raise InvalidRequest(
+                f"{name}: {getattr(spec, name)!r}, and the snapshot's machine has {was[name]!r}, which stays"
+            )
+    snapshot.check_restorable(machine, vmm, name=spec.image)
+    boot = Boot(
+        sandbox_id=sandbox_id,
+        kernel=find_kernel(),
+        initrd=place,
+        layers=tuple(Path(layer) for layer in machine["layers"]),
+        arguments=(),
+        memory_mb=machine["memory_mb"],
+        cpus=machine["cpus"],
+        accelerator=accelerator.name,
+        disk=place / memory.DISK if machine["disk"] else None,
+        restore=place,
+        ram=machine.get("ram", ""),
+    )
+    user = spec.user or was["user"]
+    record = {
+        "user": user,
+        "workdir": spec.workdir or was["workdir"],
+        "image_envs": dict(image["envs"]),
+        "envs": {**image["envs"], **spec.envs},
+        "cpu": spec.cpu,
+        **{key: was[key] for key in ("memory_mb", "pids", "disk_mb")},
+        "notes": [
+            f"goes on from a memory snapshot of {image['sandbox']}, with entropy, identity and clock of its own",
+            _words(vmm, accelerator),
+        ],
+        "machine": {key: value for key, value in machine.items() if key not in ("ram", "ram_bytes")},
+    }
+    return boot, record, [str(place / leases.FILE)]
+
+
+def _machine_memory(spec: SandboxSpec) -> int:
+    if spec.memory_mb < MIN_MEMORY_MB:
+        raise InvalidRequest(
+            f"memory_mb: {spec.memory_mb} is too little for a machine with its own kernel: at least {MIN_MEMORY_MB}"
+        )
+    return spec.memory_mb
+
+
+def _words(vmm: Vmm, accelerator: Accelerator) -> str:
+    how = "runs with KVM" if accelerator.name == "kvm" else f"emulated, not accelerated: {accelerator.why}"
+    return f"{vmm.name} {vmm.version()}: {how}"
+
+
+async def _become_its_own(sandbox_id: str, record: Mapping[str, Any], guest: GuestClient) -> None:
+    """A restored machine gets its own entropy, name, machine id and clock before anything else is asked of it."""
+    await guest.refresh(
+        hostname=sandbox_id, machine_id=secrets.token_hex(16), entropy=secrets.token_bytes(64), clock=True
+    )
+    await guest.make_dir(record["workdir"], user=record["user"])
