@@ -527,6 +527,34 @@ void command_attach(struct conn *c, uint32_t id, struct reader *r) {
     else reply_started(c, id, cmd);
 }
 
+/* An attachment that goes on where one of a lost connection ended: the client has so many bytes of each stream. */
+void command_resume(struct conn *c, uint32_t id, struct reader *r) {
+    uint32_t pid = rd_u32(r), credit = rd_u32(r);
+    uint64_t have[2] = {rd_u64(r), 0};
+    have[1] = rd_u64(r);
+    if (!rd_done(r)) {
+        conn_fault(c, "malformed RESUME");
+        return;
+    }
+    if (!may_attach(c, id)) return;
+    struct command *cmd = command_of(pid);
+    if (!cmd) {
+        reply_error(c, id, ESRCH, "no such command (256 ended ones are kept)");
+        return;
+    }
+    if (have[0] > cmd->out[0].kept || have[1] > cmd->out[1].kept) {
+        reply_error(c, id, EINVAL, "the command has not written as much as the client has");
+        return;
+    }
+    struct sub *s = sub_new(c, cmd, id, credit);
+    if (!s) {
+        reply_error(c, id, ENOMEM, "out of memory");
+        return;
+    }
+    memcpy(s->pos, have, sizeof have);
+    reply_started(c, id, cmd);
+}
+
 void command_list(struct conn *c, uint32_t id, struct reader *r) {
     uint64_t after = rd_u64(r);
     if (!rd_done(r)) {

@@ -151,6 +151,7 @@ static void dispatch(struct conn *c, struct frame *f) {
         case F_TCP_SEND: tcp_send(c, f->id, &r); break;
         case F_TCP_CREDIT: tcp_credit(c, f->id, &r); break;
         case F_TCP_CLOSE: tcp_close(c, f->id, &r); break;
+        case F_RESUME: command_resume(c, f->id, &r); break;
         case F_REFRESH: refresh(c, f->id, &r); break;
         default: conn_fault(c, "unknown frame type"); break;
     }

@@ -156,6 +156,7 @@ void conn_fault(struct conn *c, const char *why); /* the client broke the protoc
 extern struct command *commands;
 void command_start(struct conn *c, uint32_t id, struct reader *r);
 void command_attach(struct conn *c, uint32_t id, struct reader *r);
+void command_resume(struct conn *c, uint32_t id, struct reader *r);
 void command_list(struct conn *c, uint32_t id, struct reader *r);
 void command_kill(struct conn *c, uint32_t id, struct reader *r);
 void command_stdin(struct conn *c, uint32_t id, struct reader *r);

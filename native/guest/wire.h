@@ -25,7 +25,7 @@ enum {
     F_CREDIT = 0x16, F_DETACH = 0x17,
     F_READ_OPEN = 0x20, F_READ_NEXT = 0x21, F_WRITE_OPEN = 0x22, F_WRITE_NEXT = 0x23, F_CLOSE = 0x24,
     F_STAT = 0x28, F_DIR_OPEN = 0x29, F_DIR_NEXT = 0x2a, F_MKDIR = 0x2b, F_REMOVE = 0x2c, F_RENAME = 0x2d,
-    F_REFRESH = 0x30,
+    F_REFRESH = 0x30, F_RESUME = 0x31,
     F_TCP_OPEN = 0x38, F_TCP_SEND = 0x39, F_TCP_CREDIT = 0x3a, F_TCP_CLOSE = 0x3b, F_STDIN_AT = 0x3f,
     /* guest to host */
     F_WELCOME = 0x81, F_RESULT = 0x90, F_ERROR = 0x91, F_STARTED = 0x92, F_DATA = 0x93, F_EXIT = 0x94,

@@ -56,6 +56,10 @@ MAX_READ = 256 << 20
 """`read_file` without `limit` refuses a larger file (EFBIG): a sparse one must not eat the host's memory."""
 MAX_ENTRIES = 100_000
 """`list_dir` refuses a larger directory (EFBIG)."""
+AGAIN_S = 20.0
+"""How long a connection that was reset may take to be made anew, by a machine that runs."""
+_HANDLED = frozenset({Type.READ_NEXT, Type.WRITE_NEXT, Type.DIR_NEXT, Type.CLOSE})
+"""Calls about a handle, which is gone with its connection."""
 CALL_SECONDS = 60.0
 """An agent that answers a call later than this counts as gone. Reading stdin and wait() may take for ever."""
 
@@ -94,7 +98,7 @@ class _Connection(asyncio.Protocol):
             if exc
             else "the guest agent closed the connection"
         )
-        self._client._fail(GuestGone(why))
+        self._client._lost(self, GuestGone(why))
         self._dialed.sock.close()  # the VMM must see the end of this client before the next one has the port
         self._dialed.release()
         if not self.closed.done():
@@ -113,6 +117,10 @@ class GuestClient:
         self._ports: dict[int, GuestStream] = {}
         self._last_id = 0
         self._error: GuestError | None = None
+        self._address: Address | None = None
+        """Where to connect again: over vsock, a snapshot of the machine resets every connection."""
+        self._again: asyncio.Task[None] | None = None
+        self._resets = 0
         self.gate: Callable[[], Awaitable[None]] | None = None
         """Awaited before each call: a paused sandbox is resumed there (_session.py)."""
         self.still = False
@@ -155,9 +163,8 @@ class GuestClient:
         except BaseException:
             await client.close()
             raise
-        client.info = GuestInfo(
-            protocol=welcome.version, agent=welcome.agent, pid=welcome.pid, boot_id=welcome.boot_id
-        )
+        client.info = _who(welcome)
+        client._address = address if address.kind == "vsock" else None
         return client
 
     async def __aenter__(self) -> GuestClient:
@@ -171,6 +178,9 @@ class GuestClient:
     async def close(self) -> None:
         """Close the connection; commands run on. Idempotent."""
         self._fail(GuestGone("this connection to the guest agent was closed"))
+        if self._again is not None:
+            self._again.cancel()
+            await asyncio.wait([self._again])
         if self._connection is not None:
             await asyncio.shield(self._connection.closed)
 
@@ -200,8 +210,7 @@ class GuestClient:
             raise ValueError(f"timeout is {timeout} s; give a positive number, or None for no limit")
         if not 0 <= max_output <= wire.NO_LIMIT:
             raise ValueError(f"max_output is {max_output} bytes; give a number from 0 on")
-        if self.gate is not None:
-            await self.gate()
+        await self._ready()
         process = GuestProcess(self, self._new_id(), max_output, strict=True)
         request = wire.start(
             process._id,
@@ -224,8 +233,7 @@ class GuestClient:
         The agent keeps the last 1 MiB of each stream; if the start is gone, `truncated` says so. `max_output`
         bounds what wait() may buffer here. Raises GuestRefused (ESRCH: no such command).
         """
-        if self.gate is not None:
-            await self.gate()
+        await self._ready()
         process = GuestProcess(self, self._new_id(), max_output, strict=False)
         request = wire.frame(Type.ATTACH, process._id, wire.u32(_pid(pid)), wire.u32(WINDOW))
         return await self._open_stream(process, request, kill=False)
@@ -247,7 +255,7 @@ class GuestClient:
         return process
 
     def _abandon(self, ident: int, done: asyncio.Future[Any], *, kill: bool) -> None:
-        if done.cancelled() or done.exception() is not None or self._error is not None:
+        if done.cancelled() or done.exception() is not None or self._error is not None or not self.connected:
             self._streams.pop(ident, None)
             return
         if kill:
@@ -257,6 +265,9 @@ class GuestClient:
         self._write(wire.frame(Type.DETACH, ident))
 
     async def _detach(self, ident: int) -> None:
+        if not self.connected:  # reset: the agent has forgotten it, and it will not be resumed
+            self._streams.pop(ident, None)
+            return
         _, future = self._expect(Type.RESULT, wire.read_empty, ident=ident)
         self._write(wire.frame(Type.DETACH, ident))
         await self._answer(future, "detach", CALL_SECONDS)
@@ -312,8 +323,7 @@ class GuestClient:
         """
         if not 1 <= port <= 65535:
             raise ValueError(f"port {port} is not a number from 1 to 65535")
-        if self.gate is not None:
-            await self.gate()
+        await self._ready()
         stream = GuestStream(self, self._new_id(), port)
         ident, future = self._expect(Type.RESULT, wire.read_empty, ident=stream._id)
         self._ports[ident] = stream
@@ -329,7 +339,7 @@ class GuestClient:
         return stream
 
     def _drop_port(self, ident: int, done: asyncio.Future[Any]) -> None:
-        if done.cancelled() or done.exception() is not None or self._error is not None:
+        if done.cancelled() or done.exception() is not None or self._error is not None or not self.connected:
             self._ports.pop(ident, None)
         else:
             self._expect(Type.RESULT, wire.read_empty, ident=ident)[1].add_done_callback(
@@ -338,7 +348,7 @@ class GuestClient:
             self._write(wire.frame(Type.TCP_CLOSE, ident))
 
     async def _tcp_close(self, ident: int) -> None:
-        if self._error is not None:
+        if self._error is not None or ident not in self._ports:
             return
         _, future = self._expect(Type.RESULT, wire.read_empty, ident=ident)
         future.add_done_callback(lambda _: self._ports.pop(ident, None))
@@ -368,7 +378,7 @@ class GuestClient:
         got = handle = 0
         try:
             ask = (wire.u64(offset), wire.u64(limit), wire.path(path))
-            handle, chunk = await self._file(Type.READ_OPEN, path, *ask, read=wire.read_chunk)
+            handle, chunk = await self._file(Type.READ_OPEN, path, *ask, read=self._tagged(wire.read_chunk))
             while True:
                 got += len(chunk)
                 if got > limit or (handle and not chunk):
@@ -378,7 +388,9 @@ class GuestClient:
                 yield chunk
                 if not handle:
                     return
-                handle, chunk = await self._file(Type.READ_NEXT, path, wire.u32(handle), read=wire.read_chunk)
+                handle, chunk = await self._file(
+                    Type.READ_NEXT, path, self._handle(handle), read=self._tagged(wire.read_chunk)
+                )
         except BaseException:
             self._drop_handle(handle)
             raise
@@ -405,11 +417,11 @@ class GuestClient:
         handle = 0
         try:
             ask = (wire.u8(flags), wire.u32(mode or 0), wire.user(user), wire.path(path), first)
-            handle = await self._file(Type.WRITE_OPEN, path, *ask, read=wire.read_handle)
+            handle = await self._file(Type.WRITE_OPEN, path, *ask, read=self._tagged(wire.read_handle))
             for at in range(0, len(rest), wire.MAX_CHUNK):
                 chunk = bytes(rest[at : at + wire.MAX_CHUNK])
                 more = at + wire.MAX_CHUNK < len(rest)
-                step = (wire.u32(handle), wire.u8(more), chunk)
+                step = (self._handle(handle), wire.u8(more), chunk)
                 await self._file(Type.WRITE_NEXT, path, *step, read=wire.read_handle)
             handle = 0
         except BaseException:
@@ -426,14 +438,18 @@ class GuestClient:
         found: _Files = []
         handle = 0
         try:
-            handle, page = await self._file(Type.DIR_OPEN, path, wire.path(path), read=wire.read_page)
+            handle, page = await self._file(
+                Type.DIR_OPEN, path, wire.path(path), read=self._tagged(wire.read_page)
+            )
             while True:
                 found += [_info(one, posixpath.join(path, one.name), one.name) for one in page]
                 if not handle:
                     return sorted(found, key=lambda info: info.name)
                 if len(found) > MAX_ENTRIES:
                     raise GuestFileError(errno.EFBIG, path, call="list")
-                handle, page = await self._file(Type.DIR_NEXT, path, wire.u32(handle), read=wire.read_page)
+                handle, page = await self._file(
+                    Type.DIR_NEXT, path, self._handle(handle), read=self._tagged(wire.read_page)
+                )
         except BaseException:
             self._drop_handle(handle)
             raise
@@ -474,8 +490,7 @@ class GuestClient:
         clock becomes ours. Raises GuestRefused: EPERM from an agent that shares its kernel; the step that failed and
         its errno otherwise (the earlier ones are done: do not use that machine). ValueError for a bad argument.
         """
-        if self.gate is not None:
-            await self.gate()
+        await self._ready()
         now = time.time_ns() if clock else 0
         payload = wire.identity(wall_ns=now, hostname=hostname, machine_id=machine_id, entropy=entropy)
         await self._call(Type.REFRESH, payload, read=wire.read_empty)
@@ -502,7 +517,8 @@ class GuestClient:
     def _write(self, data: bytes) -> None:
         if self._error is not None:
             raise self._error
-        assert self._connection is not None
+        if self._connection is None:
+            raise _reset()
         self._connection.write(data)
 
     async def _answer(self, future: asyncio.Future[Any], call: str, deadline: float | None) -> Any:
@@ -527,8 +543,10 @@ class GuestClient:
     async def _call(
         self, kind: Type, *parts: bytes, read: Callable[[Frame], _T], deadline: float | None = CALL_SECONDS
     ) -> _T:
-        if self.gate is not None:
-            await self.gate()
+        resets = self._resets
+        await self._ready()
+        if resets != self._resets and kind in _HANDLED:
+            raise _reset()
         ident, future = self._expect(Type.RESULT, read)
         try:
             self._write(wire.frame(kind, ident, *parts))
@@ -553,10 +571,26 @@ class GuestClient:
                 raise  # no such user, too large a request: not about the path
             raise GuestFileError(error.errno, path, call=kind.name.lower().partition("_")[0]) from None
 
+    def _tagged(self, read: Callable[[Frame], Any]) -> Callable[[Frame], Any]:
+        """A handle, alone or before something else, marked with the connection that it belongs to."""
+
+        def tagged(got: Frame) -> Any:
+            answer, tag = read(got), self._resets << 8
+            if isinstance(answer, int):
+                return answer and answer | tag
+            return answer[0] and answer[0] | tag, answer[1]
+
+        return tagged
+
+    def _handle(self, handle: int) -> bytes:
+        if handle >> 8 != self._resets:
+            raise _reset()
+        return wire.u32(handle & 0xFF)
+
     def _drop_handle(self, handle: int) -> None:
-        if handle and self._error is None:
+        if handle and self._error is None and self.connected and handle >> 8 == self._resets:
             ident, _ = self._expect(Type.RESULT, wire.read_empty)
-            self._write(wire.frame(Type.CLOSE, ident, wire.u32(handle)))
+            self._write(wire.frame(Type.CLOSE, ident, self._handle(handle)))
 
     def _on_frame(self, got: Frame) -> None:
         if self._error is not None:
@@ -606,6 +640,84 @@ class GuestClient:
         else:
             future.set_result(answer)
 
+    # --- a connection that is reset, and made anew ---
+
+    @property
+    def connected(self) -> bool:
+        """False for the moment in which a connection that was reset is made anew."""
+        return self._connection is not None
+
+    async def _ready(self) -> None:
+        """Before each call: it runs, and there is a connection."""
+        while True:
+            if self.gate is not None:
+                await self.gate()
+            if self._again is None or self._again.done():
+                return
+            await asyncio.wait([self._again])
+
+    def _lost(self, connection: _Connection, error: GuestGone) -> None:
+        if self._address is None or self._error is not None:
+            self._fail(error)
+            return
+        if connection is not self._connection:
+            return
+        self._connection = None
+        self._resets += 1
+        calls, self._calls = self._calls, {}
+        for _, _, future in calls.values():
+            self._settle(future, _reset())
+        for stream in self._ports.values():
+            stream._on_failure(_reset())
+        self._ports.clear()
+        if self._again is None or self._again.done():
+            self._again = asyncio.get_running_loop().create_task(self._connect_again(self._address, error))
+
+    async def _connect_again(self, address: Address, error: GuestGone) -> None:
+        """Shakes hands with the same agent, and goes on with every command where its output was cut."""
+        loop = asyncio.get_running_loop()
+        end, pause = loop.time() + AGAIN_S, 0.002
+        while self._error is None:
+            if self.still:
+                end = loop.time() + AGAIN_S
+            try:
+                async with asyncio.timeout(AGAIN_S):
+                    self._connection = await _open(loop, address, self)
+                    if self._connection.closed.done():
+                        raise _reset()
+                    ident, future = self._expect(Type.WELCOME, wire.read_welcome)
+                    self._write(wire.hello(ident))
+                    welcome: wire.Welcome = await future
+                    if welcome.boot_id != self.info.boot_id:
+                        self._fail(
+                            GuestGone("another guest agent answers where the one of this connection was")
+                        )
+                        return
+                    await self._resume_all()
+                return
+            except (OSError, TimeoutError, GuestGone):
+                if loop.time() > end:
+                    self._fail(error)
+                    return
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.1)
+
+    async def _resume_all(self) -> None:
+        for ident, process in list(self._streams.items()):
+            request = process._resume()
+            if request is None:
+                del self._streams[ident]
+                process._on_failure(_reset())
+                continue
+            _, future = self._expect(Type.STARTED, wire.read_started, ident=ident)
+            self._write(request)
+            try:
+                await future
+            except GuestRefused as refused:
+                process._on_failure(
+                    GuestGone(f"the guest agent does not go on with command {process.pid}: {refused}")
+                )
+
     def _fail(self, error: GuestError) -> GuestError:
         """End everything with `error`, once; later calls raise the first. Returns what was kept."""
         if self._error is None:
@@ -638,6 +750,17 @@ async def _open(loop: asyncio.AbstractEventLoop, address: Address, client: Guest
         dialed.close()
         raise
     return connection
+
+
+def _who(welcome: wire.Welcome) -> GuestInfo:
+    return GuestInfo(protocol=welcome.version, agent=welcome.agent, pid=welcome.pid, boot_id=welcome.boot_id)
+
+
+def _reset() -> GuestGone:
+    return GuestGone(
+        "the connection to the guest agent was reset, as a snapshot of its machine does; whether this call was "
+        "carried out is not known"
+    )
 
 
 def _pid(pid: int) -> int:

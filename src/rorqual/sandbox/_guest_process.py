@@ -219,11 +219,21 @@ class GuestProcess:
     def _consumed(self, count: int) -> None:
         """`count` bytes need no room any more: grant them again, in steps that keep the frames few."""
         self._owed += count
+        if not self._client.connected:
+            return
         if self._owed < WINDOW // 4 or self._exit is not None or self._error is not None or self._detached:
             return
         self._credit += self._owed
         self._client._write(wire.frame(Type.CREDIT, self._id, wire.u32(self._owed)))
         self._owed = 0
+
+    def _resume(self) -> bytes | None:
+        """The request that goes on where a lost connection ended; None when nobody can tell where that was."""
+        if self.pid == 0 or not self._strict or self._detached:
+            return None
+        self._credit, self._owed = self._credit + self._owed, 0
+        have = (wire.u64(count) for count in self._got)
+        return wire.frame(Type.RESUME, self._id, wire.u32(self.pid), wire.u32(self._credit), *have)
 
     def _on_data(self, stream: int, data: bytes) -> None:
         self._credit -= len(data)

@@ -60,6 +60,7 @@ class Type(IntEnum):
     REMOVE = 0x2C
     RENAME = 0x2D
     REFRESH = 0x30
+    RESUME = 0x31
     TCP_OPEN = 0x38
     TCP_SEND = 0x39
     TCP_CREDIT = 0x3A
