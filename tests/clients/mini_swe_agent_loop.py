@@ -1,4 +1,4 @@
-"""mini-swe-agent: its own agent, prompts and bash tool, over litellm, commands run for real in a temporary directory."""
+"""mini-swe-agent: its own agent, prompts and bash tool over litellm; its commands run in a temporary folder."""
 
 import os
 import tempfile
@@ -21,4 +21,7 @@ with tempfile.TemporaryDirectory() as folder:
     agent = DefaultAgent(model, LocalEnvironment(cwd=folder), **templates, step_limit=15, cost_limit=0.0)
     result = agent.run("What is in the boxes?")
 assert result["exit_status"] == "Submitted", result
-assert sum("box 10" in str(message.get("content")) for message in agent.messages if message["role"] == "tool") == 1
+assert (
+    sum("box 10" in str(message.get("content")) for message in agent.messages if message["role"] == "tool")
+    == 1
+)

@@ -54,8 +54,6 @@ def script_of(tokenizer):
             made = call("final_answer", "answer", "Nothing is there.")
         else:
             made = call("look", "place", f"box {turn}")
-        if tail.endswith(f"tool_calls>\n<{MARK}"):
-            return [*ids(made), tokenizer.eos_id]
         thoughts = "I have seen all." if done else f"I look into box {turn}."
         out = [*ids(thoughts), tokenizer.token_id("</think>")] if tail.endswith("<think>") else []
         if done and not finals:
@@ -87,9 +85,7 @@ def main():
     with open_socket("127.0.0.1", 0) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         Server(service, on_ready=lambda: print(json.dumps({"url": url}), flush=True)).run(sockets=[sock])
-    # The second half of a forced call is no request of its own.
-    whole = [job for job in asked if job.prompt[-1] != tokenizer.token_id(MARK)]
-    turns = [{"prompt": len(job.prompt), "cached": job.cached_tokens} for job in whole]
+    turns = [{"prompt": len(job.prompt), "cached": job.cached_tokens} for job in asked]
     Path(sys.argv[1]).write_text(json.dumps(turns), "utf-8")
     return 0
 

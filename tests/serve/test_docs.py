@@ -42,8 +42,6 @@ def test_every_refused_parameter_is_named():
     for name in (
         "n",
         "logprobs",
-        "response_format",
-        "parallel_tool_calls",
         "logit_bias",
         "top_k",
         "min_p",

@@ -61,7 +61,7 @@ def test_items_whole_and_streamed_are_the_same(serve, answer_ids, call, summary)
         assert unpack_reasoning(reasoning.encrypted_content) == "I look."
         assert message.content[0].text == "Wait." and answer.output_text == "Wait."
         assert [json.loads(one.arguments)["place"] for one in (first, second)] == ["box 1", "box 2"]
-        assert answer.status == "completed" and not answer.tools[0].strict
+        assert answer.status == "completed" and answer.tools[0].strict is True
         assert answer.usage.output_tokens_details.reasoning_tokens > 0
         assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
     assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -285,12 +285,11 @@ def test_a_failure_inside_a_stream(serve, tokenizer):
         ({"conversation": "c"}, "conversation"),
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"max_tool_calls": 3}, "max_tool_calls"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"truncation": "auto"}, "truncation"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"include": ["file_search_call.results"]}, "include.0"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
-        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text.format"),
+        ({"text": {"format": {"type": "xml", "name": "x", "schema": {}}}}, "text.format"),
         ({"reasoning": {"summary": "concise"}}, "reasoning.summary"),
         ({"input": [{"type": "web_search_call", "id": "x"}]}, "input.0.type"),
         ({"input": []}, "input"),

@@ -153,6 +153,7 @@ def check_installed() -> None:
         "safetensors",
         "tokenizers",
         "fastapi",
+        "llguidance",
         "uvicorn",
         "pydantic",
         "prometheus_client",

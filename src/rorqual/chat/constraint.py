@@ -143,7 +143,8 @@ class Constraint:
         tokenizer = constrainer.tokenizer
         self._tokenizer = tokenizer
         self._plan = plan
-        self._words = constrainer.words
+        self.words = constrainer.words
+        """Length of a mask."""
         self._dsml = tokenizer.token_id(DSML)
         self._think_end = tokenizer.token_id(THINK_END)
         self._reasoning = thinking

@@ -37,17 +37,18 @@ def calls_grammar(
 
     tools: `{"type": "function", "function": {...}}` or the function alone. dsml: id of the DSML token. only: the
     one name that may be called. parallel: more than one call. lead: with the two newlines, `<` and the token before
-    it. accepts: whether the engine can take a grammar; a schema that it cannot is replaced by any JSON.
+    it. accepts: whether the engine can take a grammar; a property whose schema it cannot is replaced by any JSON,
+    unless its tool is `strict`.
 
     Raises:
-        ChatError: no tool, or none of that name.
+        ChatError: no tool, or none of that name; a strict tool with a schema that cannot be followed.
     """
     writer = _Writer(dsml, accepts)
     names = []
     for tool in tools:
         function = tool.get("function", tool)
         if only is None or function.get("name") == only:
-            names.append(writer.call(str(function["name"]), function.get("parameters")))
+            names.append(writer.call(function))
     if not names:
         raise ChatError(f"no tool is called {only!r}" if only is not None else "no tools are offered")
     open_block = ("\n\n<", None, "tool_calls>\n") if lead else ("tool_calls>\n",)
@@ -88,14 +89,21 @@ class _Writer:
         self.rules.append(f"{name}: {body}")
         return name
 
-    def call(self, name: str, parameters: Any) -> str:
+    def call(self, function: Mapping[str, Any]) -> str:
         """One call of a tool."""
+        name, parameters = function["name"], function.get("parameters")
+        strict = function.get("strict") is True
         root = parameters if isinstance(parameters, Mapping) else {}
         properties = root.get("properties")
         properties = properties if isinstance(properties, Mapping) else {}
         required = root.get("required")
         needed = {key for key in required if key in properties} if isinstance(required, list) else set()
-        values = [(self._parameter(key, schema, root), key in needed) for key, schema in properties.items()]
+        values = []
+        for key, schema in properties.items():
+            schema = schema if isinstance(schema, Mapping) else {}
+            if strict and not self._accepts(f"start: {_json_form(schema, root)}\n"):
+                raise ChatError(f"tool {name!r} is strict, and the schema of {key!r} cannot be followed")
+            values.append((self._parameter(key, schema, root), key in needed))
         if not properties and root.get("additionalProperties", True) is not False:
             body = f"{self._any_parameter()}*"
         elif len(values) <= MAX_FREE_ORDER:
@@ -123,8 +131,7 @@ class _Writer:
             self.rules.append(f"r{first + given}: {' | '.join(ways)}")
         return f"r{first}"
 
-    def _parameter(self, key: str, schema: Any, root: Mapping[str, Any]) -> str:
-        schema = schema if isinstance(schema, Mapping) else {}
+    def _parameter(self, key: str, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
         types = schema_types(schema, root)
         ways = []
         if "string" in types:
@@ -149,8 +156,7 @@ class _Writer:
         return self.rule(f"/(?s:.{count})<\\//", kind="T")
 
     def _json(self, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
-        shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
-        rule = f"%json {_json_rule({**shared, **schema})}"
+        rule = _json_form(schema, root)
         if not self._accepts(f"start: {rule}\n"):
             rule = f"%json {_json_rule({})}"
         return self.rule(rule)
@@ -208,6 +214,12 @@ def _type_of(value: Any) -> str:
             return "array"
         case _:
             return "object"
+
+
+def _json_form(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
+    """The rule of JSON that fits a property's schema, with the definitions it may refer to."""
+    shared = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    return f"%json {_json_rule({**shared, **schema})}"
 
 
 def _json_rule(schema: Mapping[str, Any]) -> str:

@@ -70,14 +70,18 @@ def messages_conversation(request: CountTokensRequest, replay: ReplayStore, tena
         messages += made
         places += [f"messages.{index}"] * len(made)
     choice, forced = _choice(request)
+    config = request.output_config
     return Conversation(
         messages=messages,
         places=places,
         tools=[_tool(tool) for tool in request.tools or ()],
         tool_choice=choice,
         forced_tool=forced,
+        parallel=not getattr(request.tool_choice, "disable_parallel_tool_use", False),
         thinking=request.thinking is None or request.thinking.type != "disabled",
-        effort=effort_level(request.output_config.effort if request.output_config else None),
+        effort=effort_level(config.effort if config else None),
+        schema=config.format.schema_ if config and config.format else None,
+        schema_place="output_config.format",
     )
 
 
@@ -130,6 +134,8 @@ def _tool(tool: AnthropicTool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name}
     if tool.description is not None:
         function["description"] = tool.description
+    if tool.strict:
+        function["strict"] = True
     return {"type": "function", "function": {**function, "parameters": tool.input_schema}}
 
 

@@ -123,7 +123,7 @@ class AnthropicTool(Cached):
     name: str = Field(pattern=r"^[a-zA-Z0-9_./:-]{1,128}$")
     description: str | None = None
     input_schema: dict[str, Any]
-    strict: Literal[False] | None = None
+    strict: bool | None = None
     defer_loading: Literal[False] | None = None
 
 
@@ -131,14 +131,14 @@ class ChoiceAuto(Strict):
     """The model is free."""
 
     type: Literal["auto"]
-    disable_parallel_tool_use: Literal[False] | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class ChoiceAny(Strict):
     """Some tool must be called."""
 
     type: Literal["any"]
-    disable_parallel_tool_use: Literal[False] | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class ChoiceTool(Strict):
@@ -146,7 +146,7 @@ class ChoiceTool(Strict):
 
     type: Literal["tool"]
     name: str = Field(min_length=1, max_length=128)
-    disable_parallel_tool_use: Literal[False] | None = None
+    disable_parallel_tool_use: bool | None = None
 
 
 class ChoiceNone(Strict):
@@ -176,10 +176,18 @@ class ThinkingDisabled(Strict):
     type: Literal["disabled"]
 
 
+class OutputFormat(Strict):
+    """JSON valid against a schema."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
 class OutputConfig(Strict):
-    """How much to think."""
+    """How much to think, and what the answer must be."""
 
     effort: Literal["medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
 
 
 class CountTokensRequest(Strict):

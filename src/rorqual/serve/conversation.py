@@ -17,8 +17,7 @@ from rorqual.serve.replay import Record, ReplayStore, canonical_calls, prompt_di
 
 __all__ = ["Conversation", "Prompt", "ToolChoice", "build_prompt", "effort_level"]
 
-USER, THINK, THINK_END, MARK = "<｜User｜>", "<think>", "</think>", "｜DSML｜"
-CALL_OPENING = 'invoke name="'
+USER, THINK, THINK_END = "<｜User｜>", "<think>", "</think>"
 
 ToolChoice = Literal["auto", "none", "required"]
 
@@ -35,6 +34,12 @@ class Conversation:
     tool_choice: ToolChoice = "auto"
     forced_tool: str | None = None
     """With `required`: the tool to call; None: any."""
+    parallel: bool = True
+    """Whether one turn may hold several calls."""
+    schema: dict[str, Any] | None = None
+    """JSON schema of an answer that calls nothing; {}: any JSON."""
+    schema_place: str = "response_format"
+    """Where it stands in the request, for errors."""
     thinking: bool = True
     effort: str | None = None
     """Level of the format: None, high, max."""
@@ -55,8 +60,6 @@ class Prompt:
     """Earlier answers given back as sampled."""
     reasoning_lost: int
     """Earlier answers with calls whose reasoning neither the client nor the replay store had."""
-    forced: list[int]
-    """Ids that must follow the reasoning: the beginning of a call. Empty: the model is free."""
 
 
 def effort_level(effort: str | None) -> str | None:
@@ -81,8 +84,11 @@ def build_prompt(
     if strict_reasoning and thinking:
         _refuse_lost_reasoning(conversation)
     messages, lost = _with_reasoning(conversation, replay, tenant)
+    places = conversation.places
+    if conversation.schema:
+        messages, places = _with_schema(messages, places, conversation)
     silent = conversation.tool_choice == "none"
-    tools = [] if silent else offered
+    tools = [] if silent else [_as_rendered(tool) for tool in offered]
     try:
         segments = chat.render_segments(
             messages,
@@ -93,7 +99,7 @@ def build_prompt(
         )
     except chat.RenderError as error:
         index = error.message_index
-        at = conversation.places[index] if index is not None and index < len(messages) else None
+        at = places[index] if index is not None and index < len(messages) else None
         raise BadRequest(str(error), param=f"{at}.{error.field}" if at and error.field else at) from None
     last = segments[-1] if segments else None
     if last is None or not last.special or last.text not in (THINK, THINK_END):
@@ -102,7 +108,6 @@ def build_prompt(
         )
     ids, replayed = _ids(segments, messages, tokenizer, replay, tenant)
     user = tokenizer.token_id(USER)
-    forced = conversation.tool_choice == "required"
     return Prompt(
         ids=ids,
         thinking=last.text == THINK,
@@ -110,7 +115,6 @@ def build_prompt(
         head=ids.index(user) if user in ids else 0,
         replayed=replayed,
         reasoning_lost=lost,
-        forced=_call_opening(tokenizer, conversation) if forced else [],
     )
 
 
@@ -165,22 +169,20 @@ def _with_reasoning(
     return out, lost
 
 
-def _call_opening(tokenizer: chat.Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of the beginning of a block of calls (spec/encoding.md 5.1, tool_choice).
+def _as_rendered(tool: dict[str, Any]) -> dict[str, Any]:
+    """Without `strict`, which is a word to the server."""
+    function = {key: value for key, value in tool["function"].items() if key != "strict"}
+    return {**tool, "function": function}
 
-    It ends in the marker token, because nothing else is a border of tokens in every vocabulary: the marker of the call
-    if there is a choice of tools, else that of the first parameter, or behind the header if there need not be one.
-    """
-    pieces = [("\n\n<", False), (MARK, True), ("tool_calls>\n<", False), (MARK, True)]
-    names = [tool["function"]["name"] for tool in conversation.tools]
-    name = conversation.forced_tool or (names[0] if len(names) == 1 else None)
-    if name is not None:
-        function = conversation.tools[names.index(name)]["function"]
-        opening = f'invoke name="{name}">'
-        needs_parameter = bool((function.get("parameters") or {}).get("required"))
-        pieces += [(f"{opening}\n<", False), (MARK, True)] if needs_parameter else [(opening, False)]
-    segments = [chat.Segment(text, special, turn=-1, generated=True) for text, special in pieces]
-    return tokenizer.encode_segments(segments)
+
+def _with_schema(
+    messages: list[dict[str, Any]], places: list[str], conversation: Conversation
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The schema in the system turn, where the format tells the model of it (spec/encoding.md 3.6)."""
+    if messages and messages[0]["role"] == "system":
+        return [{**messages[0], "response_format": conversation.schema}, *messages[1:]], places
+    head = {"role": "system", "content": "", "response_format": conversation.schema}
+    return [head, *messages], [conversation.schema_place, *places]
 
 
 def _ids(

@@ -11,8 +11,11 @@ from rorqual.serve.conversation import Conversation, ToolChoice, effort_level
 from rorqual.serve.errors import BadRequest
 from rorqual.serve.schemas import (
     AssistantMessage,
+    ChatRequest,
     Content,
     ConversationRequest,
+    JsonObjectFormat,
+    JsonSchemaFormat,
     NamedToolChoice,
     SystemMessage,
     ToolMessage,
@@ -31,12 +34,20 @@ def chat_conversation(request: ConversationRequest) -> Conversation:
     else:
         choice, forced = request.tool_choice, None
     messages = _messages(request)
+    form = request.response_format if isinstance(request, ChatRequest) else None
+    schema = None
+    if isinstance(form, JsonSchemaFormat):
+        schema = form.json_schema.schema_
+    elif isinstance(form, JsonObjectFormat):
+        schema = {"type": "object"}
     return Conversation(
         messages=messages,
         places=[f"messages.{index}" for index in range(len(messages))],
         tools=[tool.model_dump(exclude_none=True) for tool in request.tools or ()],
         tool_choice=choice or "auto",
         forced_tool=forced,
+        parallel=not (isinstance(request, ChatRequest) and request.parallel_tool_calls is False),
+        schema=schema,
         thinking=thinking,
         effort=effort,
     )

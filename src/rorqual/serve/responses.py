@@ -27,9 +27,13 @@ from rorqual.serve.responses_schemas import (
     NamedTool,
     ReasoningItem,
     ResponsesRequest,
+    SchemaFormat,
 )
+from rorqual.serve.schemas import JsonObjectFormat
 
 __all__ = ["own_items", "pack_reasoning", "responses_conversation", "unpack_reasoning"]
+
+_TOOL_FIELDS = {"name", "description", "parameters", "strict"}
 
 PACKED = "rq1."
 DIGEST_BYTES = 8
@@ -99,15 +103,25 @@ def responses_conversation(
         tools=[
             {
                 "type": "function",
-                "function": tool.model_dump(include={"name", "description", "parameters"}, exclude_none=True),
+                "function": tool.model_dump(include=_TOOL_FIELDS, exclude_none=True),
             }
             for tool in request.tools or ()
         ],
         tool_choice=choice,
         forced_tool=forced,
+        parallel=request.parallel_tool_calls is not False,
+        schema=_schema(request),
+        schema_place="text.format",
         thinking=effort != "none",
         effort=effort_level(effort),
     )
+
+
+def _schema(request: ResponsesRequest) -> dict[str, Any] | None:
+    form = request.text.format if request.text else None
+    if isinstance(form, SchemaFormat):
+        return form.schema_
+    return {"type": "object"} if isinstance(form, JsonObjectFormat) else None
 
 
 def _referenced(reference: ItemReference, store: ResponseStore, tenant: str, index: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from rorqual.serve.schemas import EmptyList, Strict
+from rorqual.serve.schemas import EmptyList, JsonObjectFormat, Strict, TextFormat
 
 __all__ = [
     "FunctionCallItem",
@@ -150,16 +150,21 @@ class ReasoningOptions(Strict):
     generate_summary: Literal["auto", "detailed"] | None = None
 
 
-class TextFormat(Strict):
-    """Plain text."""
+class SchemaFormat(Strict):
+    """JSON valid against a schema."""
 
-    type: Literal["text"]
+    type: Literal["json_schema"]
+    name: str = Field(min_length=1, max_length=128)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    """Accepted: the schema is always kept to."""
+    description: str | None = None
 
 
 class TextOptions(Strict):
     """How the answer is written."""
 
-    format: TextFormat | None = None
+    format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -179,7 +184,7 @@ class ResponsesRequest(Strict):
     store: bool | None = None
     tools: list[ResponsesTool] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: bool | None = None
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None

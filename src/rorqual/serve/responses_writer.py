@@ -243,7 +243,7 @@ class ResponsesWriter:
             "max_output_tokens": asked.max_output_tokens,
             "model": self.model,
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": asked.previous_response_id,
             "prompt_cache_key": asked.prompt_cache_key,
             "reasoning": {
@@ -254,7 +254,7 @@ class ResponsesWriter:
             "service_tier": "default",
             "store": asked.store is not False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format(asked)},
             "tool_choice": choice.model_dump() if isinstance(choice, NamedTool) else choice or "auto",
             "tools": [_tool(tool.model_dump(exclude_none=True)) for tool in asked.tools or ()],
             "top_logprobs": 0,
@@ -280,8 +280,13 @@ def _output_text(text: str) -> dict[str, Any]:
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as it is used: no schema is enforced."""
-    return {"description": None, "parameters": None, **tool, "strict": False}
+    """A tool as it is used."""
+    return {"description": None, "parameters": None, "strict": False, **tool}
+
+
+def _format(asked: ResponsesRequest) -> dict[str, Any]:
+    form = asked.text.format if asked.text else None
+    return {"type": "text"} if form is None else form.model_dump(exclude_none=True, by_alias=True)
 
 
 def _usage(counts: Counts) -> dict[str, Any]:

@@ -124,7 +124,8 @@ class Function(Strict):
     name: str = Field(pattern=r"^[a-zA-Z0-9_./:-]{1,128}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
+    """True: refused if a part of its schema cannot be kept to; calls are always held to what can."""
 
 
 class Tool(Strict):
@@ -202,6 +203,38 @@ class SamplingRequest(Strict):
     min_p: float | None = None
 
 
+class TextFormat(Strict):
+    """A free answer."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """An answer that is a JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    """A schema and its name."""
+
+    name: str = Field(min_length=1, max_length=128)
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    """Accepted: the schema is always kept to."""
+    description: str | None = None
+
+
+class JsonSchemaFormat(Strict):
+    """An answer that is valid against a JSON schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
 class ChatRequest(ConversationRequest, SamplingRequest):
     """`POST /v1/chat/completions`."""
 
@@ -210,7 +243,7 @@ class ChatRequest(ConversationRequest, SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     store: bool | None = None
     service_tier: str | None = None
     metadata: dict[str, Any] | None = None
@@ -262,8 +295,6 @@ _ACCEPTED: Mapping[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "parallel_tool_calls": (True,),
-    "response_format": ({"type": "text"},),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "echo": (False,),

@@ -16,14 +16,14 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from rorqual.chat import Tokenizer, TokenizerError
-from rorqual.engine import Engine, SamplingParams
+from rorqual.chat import Constrainer, Constraint, Tokenizer, TokenizerError
+from rorqual.engine import Engine, SamplingParams, TokenGuide
 from rorqual.serve.answer import Answer, ChatAnswer, RawAnswer
 from rorqual.serve.cache_report import cache_report
 from rorqual.serve.config import ServeConfig
-from rorqual.serve.conversation import THINK_END, Conversation, Prompt, build_prompt
+from rorqual.serve.conversation import Conversation, Prompt, build_prompt
 from rorqual.serve.errors import BadRequest, NotFound
-from rorqual.serve.forced import SPARE_TOKENS, ForcedCall
+from rorqual.serve.guide import answer_guide, check_constraint
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.openai_chat import chat_conversation
 from rorqual.serve.replay import Record, ReplayStore, canonical_calls, prompt_digest, reasoning_signature
@@ -84,6 +84,7 @@ class Service:
         self.metrics = metrics or Metrics(config.model_name)
         self.scheduler = scheduler or Scheduler(engine, config, self.metrics)
         self.replay = ReplayStore(config.replay_bytes)
+        self.constrainer = Constrainer(tokenizer)
         self.started = int(time.time())
 
     def check_model(self, name: str | None) -> None:
@@ -120,6 +121,9 @@ class Service:
         tenant = tenant_of(http)
         prompt = await self.prompt(conversation, tenant)
         allowed = self.scheduler.check_fit(prompt.ids, sampling.max_tokens, param="messages")
+        constraint = await asyncio.to_thread(
+            check_constraint, conversation, self.constrainer, thinking=prompt.thinking
+        )
         answer = ChatAnswer(self.tokenizer, thinking=prompt.thinking, tools=prompt.tools, stop=sampling.stop)
         mailbox = Mailbox()
         job = Job(
@@ -131,37 +135,19 @@ class Service:
             # The end of input without its cue: there the next turn branches off if this answer's reasoning is
             # dropped (spec/encoding.md 6, rule 6).
             keep_at=(prompt.head, len(prompt.ids) - 1),
+            guide=None if constraint is None else self._guide(constraint, allowed),
             on_finish=lambda: self._remember(tenant, prompt.ids, answer),
         )
         self.metrics.replayed.inc(prompt.replayed)
         self.metrics.reasoning_lost.inc(prompt.reasoning_lost)
-        if not prompt.forced:
-            self.scheduler.submit(job)
-            return await self._deliver(
-                http,
-                mailbox,
-                writer,
-                answer=answer,
-                counts=lambda: self._counts(job, answer),
-                cancel=lambda: self.scheduler.cancel(job),
-                stream=stream,
-            )
-        least = len(prompt.forced) + SPARE_TOKENS + 1
-        if allowed < least:
-            raise BadRequest(
-                f"max_tokens = {allowed}: a forced call needs {least} or more",
-                param="max_tokens",
-            )
-        think_end = self.tokenizer.token_id(THINK_END)
-        call = ForcedCall(self.scheduler, job, answer, forced=prompt.forced, think_end=think_end)
-        call.submit()
+        self.scheduler.submit(job)
         return await self._deliver(
             http,
             mailbox,
             writer,
             answer=answer,
-            counts=lambda: self._counts(call.first, answer, prompt=len(prompt.ids)),
-            cancel=call.cancel,
+            counts=lambda: self._counts(job, answer),
+            cancel=lambda: self.scheduler.cancel(job),
             stream=stream,
         )
 
@@ -281,9 +267,13 @@ class Service:
     def _text_ids(self, text: str, *, bos: bool) -> list[int]:
         return [self.tokenizer.bos_id] * bos + self.tokenizer.encode_text(text)
 
-    def _counts(self, job: Job, answer: Answer, *, prompt: int | None = None) -> Counts:
+    def _guide(self, constraint: Constraint, max_tokens: int) -> TokenGuide:
+        words = -(-self.engine.config.vocab_size // 32)
+        return answer_guide(constraint, words=words, max_tokens=max_tokens)
+
+    def _counts(self, job: Job, answer: Answer) -> Counts:
         return Counts(
-            prompt=len(job.prompt) if prompt is None else prompt,
+            prompt=len(job.prompt),
             completion=len(answer.ids),
             cached=job.cached_tokens,
             reasoning=answer.reasoning_tokens if isinstance(answer, ChatAnswer) else None,
