@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 
 from rorqual.sandbox import AsyncSandbox, ImageNotFound, ImageRejected, InvalidRequest
-from rorqual.sandbox.images import Bounds, build_debian, images, import_oci, remove_image
+from rorqual.sandbox.images import Bounds, build_debian, images, import_oci, remove_image, root_file_system
 from rorqual.sandbox.images.base import base_image
+from rorqual.sandbox.images.layers import in_private_mounts, is_layer, mount_lowers, usable
+from rorqual.sandbox.keeper import linux
 from rorqual.sandbox.state import StateDir
 
 ARCH = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
@@ -105,8 +108,21 @@ def busybox() -> list[Entry]:
     return entries
 
 
-def rootfs(state: StateDir, name: str) -> Path:
-    return state.images / name / "rootfs"
+def rootfs(state: StateDir, name: str, copy: Path) -> Path:
+    """What an image's root holds, wherever this host keeps it."""
+    ((_, lowers),) = root_file_system(name, state=state).overlays
+    if not is_layer(lowers[0]):
+        return Path(lowers[0])
+
+    def look() -> None:
+        linux.mount("tmpfs", "/mnt", fstype="tmpfs")
+        places = mount_lowers(lowers, "/mnt", state=state)
+        os.mkdir("/mnt/all")
+        linux.mount("overlay", "/mnt/all", fstype="overlay", data=f"lowerdir={':'.join(places)}")
+        shutil.copytree("/mnt/all", copy, symlinks=True, ignore=lambda *_: ["fifo"])
+
+    in_private_mounts(look)
+    return copy
 
 
 async def test_an_imported_image_runs_with_its_variables_and_its_whiteouts(
@@ -165,7 +181,8 @@ def test_a_hostile_layer_is_refused_and_nothing_is_kept(
     path = layout(tmp_path / "image", [tar(entries)])
     with pytest.raises(ImageRejected, match=says):
         import_oci(path, name="hostile", bounds=Bounds(max_bytes=65536, max_entries=32))
-    assert not rootfs(state, "hostile").exists()
+    assert not (state.images / "hostile").exists()
+    assert not list((state.root / "layers").glob("*.erofs"))
     assert not list(state.images.glob(".building-*"))
     assert not (state.images / "evil").exists() and not (tmp_path / "evil").exists()
 
@@ -183,8 +200,9 @@ def test_absolute_and_climbing_symlinks_never_lead_writes_out(state: StateDir, t
         file("abs/b", b"in"),
     ]
     import_oci(layout(tmp_path / "image", [tar(entries)]), name="links")
-    assert (rootfs(state, "links") / "inside/a").read_bytes() == b"in"
-    assert (rootfs(state, "links") / str(outside).lstrip("/") / "b").read_bytes() == b"in"
+    root = rootfs(state, "links", tmp_path / "copy")
+    assert (root / "inside/a").read_bytes() == b"in"
+    assert (root / str(outside).lstrip("/") / "b").read_bytes() == b"in"
     assert not list(outside.iterdir())
     remove_image("links")
 
@@ -312,6 +330,35 @@ def test_the_base_image_holds_no_secret_of_the_host(state: StateDir) -> None:
         if place.is_file() and not place.is_symlink():
             assert b"PRIVATE KEY" not in place.read_bytes(), place
     assert base_image(state.images) == root
+
+
+@pytest.mark.skipif(not usable(), reason="this host makes no EROFS layers")
+def test_images_on_one_base_share_its_layers_and_each_keeps_its_whiteouts(
+    state: StateDir, tmp_path: Path
+) -> None:
+    base = tar(
+        [
+            folder("d"),
+            file("d/one", b"1"),
+            file("d/two", b"2"),
+            link("to", "d"),
+            link("d/hard", "d/two", tarfile.LNKTYPE),
+        ]
+    )
+    first = tar([file("d/.wh.one"), file("to/three", b"3")])  # `to/` is a link of the layer below
+    second = tar([link("again", "to/hard", tarfile.LNKTYPE), file("d/.wh..wh..opq"), file("d/four", b"4")])
+    import_oci(layout(tmp_path / "a", [base, first]), name="a")
+    import_oci(layout(tmp_path / "b", [base, first, second]), name="b")
+    lowers = {name: root_file_system(name, state=state).overlays[0][1] for name in "ab"}
+    assert lowers["a"][-2:] == lowers["b"][-2:]
+    assert len({*lowers["a"], *lowers["b"]}) <= 5
+    shown = {name: rootfs(state, name, tmp_path / f"copy-{name}") for name in "ab"}
+    assert sorted(os.listdir(shown["a"] / "d")) == ["hard", "three", "two"]
+    assert sorted(os.listdir(shown["b"] / "d")) == ["four"]
+    assert (shown["a"] / "to").is_symlink() and (shown["b"] / "again").read_bytes() == b"2"
+    for name in "ab":
+        remove_image(name)
+    assert not list((state.root / "layers").glob("*.erofs"))
 
 
 @pytest.mark.slow

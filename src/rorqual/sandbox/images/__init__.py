@@ -9,6 +9,7 @@ from rorqual.sandbox.images.layers import holder_directory, layer_events, prepar
 from rorqual.sandbox.images.oci import import_oci
 from rorqual.sandbox.images.pull import Fetched, fetch, fetched, remote
 from rorqual.sandbox.images.push import publish, publish_trace
+from rorqual.sandbox.images.registry import import_registry
 from rorqual.sandbox.images.store import ImageInfo, images, remove_image, root_file_system
 from rorqual.sandbox.images.unpack import Bounds
 
@@ -24,6 +25,7 @@ __all__ = [
     "images",
     "import_directory",
     "import_oci",
+    "import_registry",
     "layer_events",
     "prepare",
     "publish",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rorqual.sandbox.errors import HostUnfit, ImageError, InvalidRequest
 from rorqual.sandbox.host import find_program
+from rorqual.sandbox.images import layers
 from rorqual.sandbox.images.base import USER_ID
 from rorqual.sandbox.images.store import ImageInfo, image_directory, install
 from rorqual.sandbox.images.unpack import Root, furnish
@@ -101,12 +102,11 @@ def build_debian(
             for place, _, files in os.walk(building / "rootfs")
             for file in files
         )
-        install(
-            building,
-            name=name,
-            state=state,
-            record={"origin": "debian", "size_bytes": size, "digest": "", "envs": {}},
-        )
+        record = {"origin": "debian", "size_bytes": size, "digest": "", "envs": {}}
+        with layers.kept(state):
+            if layers.usable():
+                record["layers"] = layers.seal(building / "rootfs", state=state)
+            install(building, name=name, state=state, record=record)
     except BaseException:
         remove_tree(str(building))
         raise

@@ -1,9 +1,9 @@
 """Imports an OCI image layout or archive as an image of this host. The archive is untrusted.
 
 Accepts a directory (image layout) or an uncompressed tar of one (`skopeo copy ... oci-archive:x.tar`,
-`buildah push`, `docker save` of Docker 25 and newer). Registries are a tool's business: skopeo or crane
-fetch, this imports. Every blob is checked against its digest before it is used, every layer against its diff
-id while it is unpacked (OCI image-spec: image-layout.md, manifest.md, config.md). Unpacking: unpack.py.
+`buildah push`, `docker save` of Docker 25 and newer); registry.py fetches from registries. Every blob is checked
+against its digest before it is used, every layer against its diff id while it is unpacked (OCI image-spec:
+image-layout.md, manifest.md, config.md). Unpacking: unpack.py; layers: chain.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 from rorqual.sandbox.errors import ImageRejected
+from rorqual.sandbox.images import layers as stacks
 from rorqual.sandbox.images.base import USER_ID
+from rorqual.sandbox.images.chain import Step, build
 from rorqual.sandbox.images.store import ImageInfo, image_directory, install
-from rorqual.sandbox.images.unpack import Bounds, Root, Tally, furnish, unpack_layer
+from rorqual.sandbox.images.unpack import FURNISH_VERSION, Bounds, Root, Tally, furnish, unpack_layer
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir
 
@@ -219,34 +222,76 @@ def import_oci(
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=state.images))
     try:
         building.chmod(0o755)
-        (building / "rootfs").mkdir(mode=0o755)
-        root = Root(str(building / "rootfs"), source=str(path))
         tally = Tally()
-        try:
-            for descriptor, diff_id in zip(layers, diff_ids, strict=True):
-                _layer(layout, descriptor, diff_id, root, tally, bounds=bounds)
-            furnish(root, user_id=USER_ID)
-        except OSError as error:
-            raise ImageRejected(str(path), f"cannot be unpacked here: {error}") from error
-        finally:
-            root.close()
-        record = {
-            "origin": "oci",
-            "size_bytes": tally.size_bytes,
-            "digest": digest,
-            "envs": _environment(config),
-        }
-        install(building, name=name, state=state, record=record)
+        steps = [
+            _step(layout, descriptor, diff_id, tally, bounds=bounds)
+            for descriptor, diff_id in zip(layers, diff_ids, strict=True)
+        ]
+        steps.append(
+            Step(identity=f"furnish:{FURNISH_VERSION}:{USER_ID}", apply=partial(_furnish, str(path)))
+        )
+        with stacks.kept(state):
+            record: dict[str, Any] = {}
+            try:
+                if stacks.usable():
+                    record["layers"] = build(steps, building, tally=tally, source=str(path), state=state)
+                else:
+                    (building / "rootfs").mkdir(mode=0o755)
+                    for step in steps:
+                        step.apply(str(building / "rootfs"))
+            except OSError as error:
+                raise ImageRejected(str(path), f"cannot be unpacked here: {error}") from error
+            if tally.size_bytes > bounds.max_bytes or tally.entries > bounds.max_entries:
+                raise ImageRejected(
+                    str(path), f"more than {bounds.max_bytes} bytes or {bounds.max_entries} entries"
+                )
+            record |= {
+                "origin": "oci",
+                "size_bytes": tally.size_bytes,
+                "digest": digest,
+                "envs": _environment(config),
+            }
+            install(building, name=name, state=state, record=record)
     except BaseException:
         remove_tree(str(building))
         raise
     return ImageInfo(name=name, origin="oci", size_bytes=tally.size_bytes, digest=digest)
 
 
-def _layer(
-    layout: Layout, descriptor: Any, diff_id: Any, root: Root, tally: Tally, *, bounds: Bounds
-) -> None:
+def _step(layout: Layout, descriptor: Any, diff_id: Any, tally: Tally, *, bounds: Bounds) -> Step:
+    """One layer, its blob's digest checked."""
     name = layout.check_blob(descriptor)
+    if not isinstance(diff_id, str) or not _DIGEST.fullmatch(diff_id):
+        raise ImageRejected(str(layout.path), f"diff id {str(diff_id)[:80]!r} is not sha256:<64 hex digits>")
+
+    def apply(place: str) -> None:
+        root = Root(place, source=str(layout.path))
+        try:
+            _layer(layout, name, descriptor, diff_id, root, tally, bounds=bounds)
+        finally:
+            root.close()
+
+    return Step(identity=diff_id, apply=apply)
+
+
+def _furnish(source: str, place: str) -> None:
+    root = Root(place, source=source)
+    try:
+        furnish(root, user_id=USER_ID)
+    finally:
+        root.close()
+
+
+def _layer(
+    layout: Layout,
+    name: str,
+    descriptor: Any,
+    diff_id: str,
+    root: Root,
+    tally: Tally,
+    *,
+    bounds: Bounds,
+) -> None:
     source = f"{layout.path} {descriptor['digest'][:19]}"
     kind = descriptor.get("mediaType")
     if not isinstance(kind, str) or "zstd" in kind:

@@ -218,8 +218,8 @@ def _apply(
 
 
 def _key(directory: int) -> str:
-    info = os.fstat(directory)
-    return f"{info.st_dev}:{info.st_ino}"
+    """A name for a directory; its inode number is none, since an overlay may change that while it is written."""
+    return os.readlink(f"/proc/self/fd/{directory}")
 
 
 def _remove(directory: int, name: str) -> None:
@@ -297,6 +297,10 @@ def _attributes(member: tarfile.TarInfo, directory: int, name: str) -> None:
         os.chmod(name, mode, dir_fd=directory)
     moment = max(0.0, min(float(member.mtime), 2.0**33))
     os.utime(name, (moment, moment), dir_fd=directory, follow_symlinks=False)
+
+
+FURNISH_VERSION = 1
+"""Of what `furnish` adds: part of the layer's identity."""
 
 
 def furnish(root: Root, *, user_id: int) -> None:
