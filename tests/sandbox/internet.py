@@ -148,14 +148,15 @@ async def serve(directory: Path) -> None:
             headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines if line)}
             method, path, _ = first.split(" ", 2)
             size = int(headers.get("content-length", 0))
-            body = b""
+            got = 0
             if headers.get("transfer-encoding") == "chunked":
                 while count := int(await reader.readline(), 16):
-                    body += await reader.readexactly(count)
+                    got += len(await reader.readexactly(count))
                     await reader.readexactly(2)
                 await reader.readexactly(2)
             else:
-                body = await reader.readexactly(size)
+                while got < size:
+                    got += len(await reader.readexactly(min(size - got, 1 << 16)))
             extra = ""
             if path == "/hold":
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
@@ -164,7 +165,7 @@ async def serve(directory: Path) -> None:
                     await writer.drain()
                     await asyncio.sleep(0.05)
             if path.startswith("/echo"):
-                report = {"method": method, "path": path, "headers": headers, "size": len(body), "at": here}
+                report = {"method": method, "path": path, "headers": headers, "size": got, "at": here}
                 text = json.dumps(report).encode()
             elif path == "/parts":  # the credential, in pieces of one byte
                 secret = headers.get("authorization", "none").encode()

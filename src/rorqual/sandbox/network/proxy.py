@@ -282,6 +282,9 @@ class _Exchange:
         if method in ("CONNECT", "TRACE") or (secret["methods"] and method not in secret["methods"]):
             raise Denied(405, f"the secret may not be used for {method}")
         check_path(target, secret["paths"])
+        framing = {bytes(key) for key, _ in request.headers} & {b"content-length", b"transfer-encoding"}
+        if len(framing) == 2:  # h11 believes the one, the host might believe the other
+            raise Denied(400, "the request has both Content-Length and Transfer-Encoding")
         return secret, name, target
 
     async def _forward(self, request: h11.Request) -> None:
