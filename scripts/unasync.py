@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src/rorqual/sandbox/_async"
 TARGET = ROOT / "src/rorqual/sandbox/_sync"
-MODULES = ("commands", "files", "function", "ports", "pty", "sandbox")
+MODULES = ("commands", "files", "function", "pool", "ports", "pty", "sandbox")
 DUNDERS = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__call__": "__call__", "__repr__": "__repr__"}
 
 
@@ -154,6 +154,8 @@ class Module:
             if item.args.vararg:
                 args.append(f"*{item.args.vararg.arg}")
             named = [f"{arg.arg}={arg.arg}{self.inner(arg)}" for arg in item.args.kwonlyargs]
+            if item.args.kwarg:
+                named.append(f"**{item.args.kwarg.arg}")
             call += f"({', '.join([*args, *named])})"
         if isinstance(item, ast.AsyncFunctionDef):
             call = f"run({call})"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from rorqual.sandbox._async.commands import AsyncCommandHandle
 from rorqual.sandbox._async.function import AsyncFunction
+from rorqual.sandbox._async.pool import AsyncWarmPool
 from rorqual.sandbox._async.ports import AsyncForward, AsyncPortStream
 from rorqual.sandbox._async.pty import AsyncPtyHandle
 from rorqual.sandbox._async.sandbox import AsyncSandbox
@@ -20,6 +21,7 @@ from rorqual.sandbox._guest import PtySize
 from rorqual.sandbox._replay import Difference, Replay
 from rorqual.sandbox._sync.commands import CommandHandle
 from rorqual.sandbox._sync.function import Function
+from rorqual.sandbox._sync.pool import WarmPool
 from rorqual.sandbox._sync.ports import Forward, PortStream
 from rorqual.sandbox._sync.pty import PtyHandle
 from rorqual.sandbox._sync.sandbox import Sandbox
@@ -65,6 +67,7 @@ from rorqual.sandbox.records import (
     NetworkEvent,
     NetworkLog,
     Paused,
+    PoolStatistics,
     SandboxInfo,
     Snapshot,
 )
@@ -80,6 +83,7 @@ __all__ = [
     "AsyncPortStream",
     "AsyncPtyHandle",
     "AsyncSandbox",
+    "AsyncWarmPool",
     "Check",
     "CommandHandle",
     "CommandInfo",
@@ -113,6 +117,7 @@ __all__ = [
     "NetworkLog",
     "NetworkPolicy",
     "Paused",
+    "PoolStatistics",
     "PortStream",
     "Pruned",
     "PtyHandle",
@@ -130,6 +135,7 @@ __all__ = [
     "TrajectoryMismatch",
     "UnknownOutcome",
     "Unsupported",
+    "WarmPool",
     "doctor",
     "prune",
     "secret_url",

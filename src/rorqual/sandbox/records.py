@@ -160,6 +160,25 @@ class Metrics:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PoolStatistics:
+    """What a warm pool has and has done."""
+
+    size: int
+    ready: int
+    """Sandboxes that wait."""
+    making: int
+    """Sandboxes under way."""
+    warm: int
+    """Requests served by one that waited."""
+    cold: int
+    """Requests for which one had to be made."""
+    failed: int
+    """Sandboxes that could not be made; tried again after a while."""
+    last_error: str
+    """Why, when the last try failed; '' otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Paused:
     """What a pause gave back."""
 

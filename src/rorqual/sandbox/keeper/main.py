@@ -237,6 +237,15 @@ class Keeper:
                 entry.expires = time.time() + request["seconds"]
                 self.write_record(entry)
             peer.send({"id": number, "expires": entry.expires})
+        elif op == "adopt":
+            entry = entry_or_none
+            if not entry.asked_cause:
+                entry.order["record"] |= request["record"]
+                entry.keep = request["keep"]
+                entry.deadline = time.monotonic() + request["seconds"]
+                entry.expires = time.time() + request["seconds"]
+                self.write_record(entry)
+            peer.send({"id": number, "expires": entry.expires})
         elif op == "status":
             still = entry_or_none.stillness[0]
             init_pid, expires = entry_or_none.init_pid, entry_or_none.expires
