@@ -1,4 +1,4 @@
-"""Warm pools: what is taken is one's own, what waits is replaced and bounded, nothing is left at the end of pool or owner."""
+"""Warm pools: what is taken is one's own, what waits is replaced and bounded, nothing is left at the end."""
 
 # ruff: noqa: ASYNC110, ASYNC220 -- tests wait for conditions and for other processes
 
@@ -97,7 +97,7 @@ async def test_one_that_ends_while_it_waits_is_replaced_and_never_given_out(runt
         await second.kill()
 
         async def replaced() -> bool:
-            return await _full(pool) and first not in await waiting(pool)
+            return await waiting(pool) not in ([], [first]) and await _full(pool)
 
         await until(replaced)
         (other,) = await waiting(pool)
