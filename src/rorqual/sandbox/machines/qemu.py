@@ -42,7 +42,7 @@ _PROBE_S = 8.0
 _OVERHEAD_MB = {"kvm": 96, "tcg": 224}
 """QEMU's own memory: 45 MB, and under TCG the translated code of TB_MB on top."""
 _TB_MB = 96
-_IGNORE_SHARED = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
+IGNORE_SHARED = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 _AGENT_SAYS = "rorqual-guest/"
 
 
@@ -50,6 +50,7 @@ class Qemu:
     """See the module."""
 
     name = "qemu"
+    emulates = True
     modules: tuple[str, ...] = (
         "virtio_mmio",
         "virtio_blk",
@@ -94,7 +95,7 @@ class Qemu:
         start = initrd(kernel, guest_binary(), ())
         command = [
             program,
-            *_base("kvm", cpus=1, memory_mb=128),
+            *_base("kvm", cpus=1),
             "-m",
             "128M",
             "-chardev",
@@ -116,7 +117,7 @@ class Qemu:
         return Accelerator(name="tcg", why=f"a guest booted with KVM did not come up: {words[:200]}")
 
     def plan(self, boot: Boot, *, vm: Path) -> Plan:
-        argv = [self.program(), *_base(boot.accelerator, cpus=boot.cpus, memory_mb=boot.memory_mb)]
+        argv = [self.program(), *_base(boot.accelerator, cpus=boot.cpus, memory="ram")]
         argv += ["-name", boot.sandbox_id, "-qmp", "unix:qmp.sock,server=on,wait=off"]
         argv += ["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
         argv += ["-chardev", "stdio,id=console,signal=off"]
@@ -173,10 +174,12 @@ class Qemu:
         fd = os.open(boot.restore / memory.STATE, os.O_RDONLY | os.O_CLOEXEC)
         try:
             async with monitor(vm / "qmp.sock") as qmp:
-                await qmp.execute("migrate-set-capabilities", _IGNORE_SHARED)
+                apart = bool(boot.ram) or (boot.restore / memory.RAM).exists()
+                await qmp.execute("migrate-set-capabilities", _ignore_shared(apart))
                 await qmp.send_fd("state", fd)
                 await qmp.execute("migrate-incoming", {"uri": "fd:state"})
                 await qmp.wait_for_migration(deadline=MIGRATION_S)
+                await qmp.execute("cont")  # it was stopped when it was taken, and so it comes back
         finally:
             os.close(fd)
 
@@ -189,7 +192,7 @@ class Qemu:
                     target / memory.STATE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644
                 )
                 try:
-                    await qmp.execute("migrate-set-capabilities", _IGNORE_SHARED)
+                    await qmp.execute("migrate-set-capabilities", _ignore_shared(bool(ram)))
                     await qmp.send_fd("state", fd)
                     await qmp.execute("migrate", {"uri": "fd:state"})
                     await qmp.wait_for_migration(deadline=MIGRATION_S)
@@ -219,17 +222,23 @@ class Qemu:
         return int(have)
 
 
+def _ignore_shared(on: bool) -> dict[str, Any]:
+    """Whether the stream leaves out what is mapped shared. Both ends must say the same."""
+    return {"capabilities": [{"capability": "x-ignore-shared", "state": on}]}
+
+
 async def _total_mb(qmp: Any) -> int:
     return int((await qmp.execute("query-memory-size-summary"))["base-memory"]) >> 20
 
 
-def _base(accelerator: str, *, cpus: int, memory_mb: int) -> list[str]:
-    """The machine and its console, without devices."""
+def _base(accelerator: str, *, cpus: int, memory: str = "") -> list[str]:
+    """The machine and its console, without devices. memory: the object that is its memory."""
     if accelerator == "kvm":
         accel = ["-accel", "kvm", "-cpu", "host"]
     else:
         accel = ["-accel", f"tcg,thread=multi,tb-size={_TB_MB}", "-cpu", "max"]
     machine = "microvm,acpi=on,rtc=on,isa-serial=on,x-option-roms=off"
+    machine += f",memory-backend={memory}" if memory else ""
     return [
         *["-M", machine, *accel, "-smp", str(cpus)],
         *["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "chardev:console"],

@@ -62,7 +62,7 @@ async def take(
             "entries": 0,
             "digest": "",
             "envs": record["image_envs"],
-            "parent": _kept_parent(record["image"], state),
+            "parent": record["root_image"],
             "sandbox": record["id"],
             "machine": {**record["machine"], **machine},
             "record": {
@@ -116,13 +116,6 @@ async def _write(
 
 def _size(place: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in place.iterdir())
-
-
-def _kept_parent(image: str, state: StateDir) -> str:
-    """A fork's own snapshot goes when it ends; what is taken of it names the image below."""
-    while snapshots.FORK_NAME.fullmatch(image):
-        image = str(snapshots.read(state.images / image)["parent"])
-    return image
 
 
 def find(name: str, *, state: StateDir) -> tuple[Path, dict[str, Any]] | None:

@@ -187,8 +187,11 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
     except BaseException as error:
         request = keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=f"its VMM: {error}")
         await asyncio.shield(asyncio.wrap_future(request))
+        verdicts: list[str] = []
+        keeper.watch(sandbox_id, lambda cause, detail: verdicts.append(detail))  # known by now, so told at once
         if isinstance(error, SandboxError):
-            raise LaunchFailed(sandbox_id, stage="vmm", detail=str(error)) from error
+            detail = "; ".join(dict.fromkeys([str(error), *verdicts]))
+            raise LaunchFailed(sandbox_id, stage="vmm", detail=detail) from error
         raise
     return Launched(
         sandbox_id=sandbox_id,
@@ -251,6 +254,7 @@ def _prepare(
         "user": user,
         "workdir": workdir,
         "image_envs": dict(root.envs),
+        "root_image": spec.image,
         "envs": {**root.envs, **spec.envs},
         "cpu": spec.cpu,
         "memory_mb": spec.memory_mb,
@@ -314,6 +318,7 @@ def _restored(
         "user": user,
         "workdir": spec.workdir or was["workdir"],
         "image_envs": dict(image["envs"]),
+        "root_image": image["parent"],
         "envs": {**image["envs"], **spec.envs},
         "cpu": spec.cpu,
         **{key: was[key] for key in ("memory_mb", "pids", "disk_mb")},
