@@ -10,6 +10,8 @@ need c++ g++
 need mmdebstrap mmdebstrap
 need newuidmap uidmap
 need ip iproute2
+need mkfs.erofs erofs-utils  # layers: mounted once, shared, on demand
+need skopeo skopeo  # images from registries
 need nft nftables  # for its library
 [ -e /usr/lib/x86_64-linux-gnu/libc.a ] || [ -e /usr/lib/aarch64-linux-gnu/libc.a ] || missing="$missing libc6-dev"
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing="$missing python3-venv"

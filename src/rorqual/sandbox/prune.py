@@ -36,7 +36,7 @@ class Pruned:
     sandboxes: tuple[str, ...]
     keepers: int
     images: int
-    """Unfinished builds and skeletons of older base images."""
+    """Unfinished builds, skeletons of older base images, and layers that no image names."""
     rows: int
     """Rows of the trajectory log."""
 
@@ -184,6 +184,9 @@ def prune(*, keep_days: float | None = None, state: StateDir | None = None) -> P
                 continue
             remove_tree(str(place))
             removed += 1
+        from rorqual.sandbox.images import layers  # the images' room is loaded when it is first needed
+
+        removed += layers.remove_unused(state)
     rows = 0
     if keep_days is not None and state.trajectory.is_file():
         rows = trajectory_store.forget_before(str(state.trajectory), time.time() - keep_days * 86400)
