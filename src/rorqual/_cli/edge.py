@@ -78,6 +78,7 @@ def edge(
     Ends on Ctrl-C (exit code 130) or SIGTERM (0). The sandboxes live on, and an edge of the same name takes them up.
     """
     check_installed()
+    os.environ.pop("RORQUAL_EDGE", None)  # this process is the edge: what it does, it does itself
     from rorqual.sandbox.edge import (
         Edge,
         EdgeConfig,

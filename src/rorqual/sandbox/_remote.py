@@ -29,7 +29,7 @@ from rorqual.sandbox._remote_methods import REPEATABLE, Method, methods, nouns
 from rorqual.sandbox._replay import Replay
 from rorqual.sandbox._session import Session
 from rorqual.sandbox.errors import EdgeError, EdgeLost, InvalidRequest, Unsupported
-from rorqual.sandbox.images import Bounds
+from rorqual.sandbox.images import Bounds, ImageInfo
 from rorqual.sandbox.records import FileEntry, SandboxInfo
 from rorqual.sandbox.trajectory import TrajectoryEntry
 
@@ -222,10 +222,10 @@ class RemoteSandbox(AsyncSandbox):
         await self._channel.close()
 
     async def fork(
-        self, *, count: int = 1, timeout: float | None = None, bounds: Bounds = _BOUNDS
+        self, *, count: int = 1, timeout: float | None = None, keep: bool = False, bounds: Bounds = _BOUNDS
     ) -> builtins.list[AsyncSandbox]:
-        """As AsyncSandbox.fork; the children are of the same edge and have this one's lease."""
-        arguments = {"count": count, "timeout": timeout, "bounds": encode(bounds)}
+        """As AsyncSandbox.fork; the children are of the same edge and, unless kept, have this one's lease."""
+        arguments = {"count": count, "timeout": timeout, "keep": keep, "bounds": encode(bounds)}
         ids = await self._channel.call("fork", name="fork", args=arguments)
         children: builtins.list[AsyncSandbox] = []
         try:
@@ -236,7 +236,7 @@ class RemoteSandbox(AsyncSandbox):
                     lease=self._lease,
                     sandbox=sandbox_id,
                 )
-                children.append(RemoteSandbox(channel, owned=True, lease=self._lease))
+                children.append(RemoteSandbox(channel, owned=not keep, lease=self._lease))
         except BaseException:
             for child in children:
                 with contextlib.suppress(EdgeError):
@@ -306,6 +306,24 @@ async def attach(place: EdgePlace, sandbox_id: str) -> AsyncSandbox:
     _twins()
     channel, _ = await Channel.open(place, "attach", sandbox=sandbox_id)
     return RemoteSandbox(channel, owned=False, lease=60.0)
+
+
+async def logged(place: EdgePlace, sandbox_id: str, *, after: int) -> list[TrajectoryEntry]:
+    """AsyncSandbox.logged at an edge."""
+    channel, _ = await Channel.open(place, "look", sandbox=sandbox_id)
+    try:
+        arguments = {"after": after}
+        value = await channel.call("call", repeat=True, method="trajectory.list", args=arguments)
+    finally:
+        await channel.close()
+    return cast(list[TrajectoryEntry], decode(list[TrajectoryEntry], value))
+
+
+async def images(place: EdgePlace) -> list[ImageInfo]:
+    """The images of the edge's host."""
+    channel, answer = await Channel.open(place, "images")
+    await channel.close()
+    return cast(list[ImageInfo], decode(list[ImageInfo], answer["images"]))
 
 
 async def live(place: EdgePlace) -> list[SandboxInfo]:

@@ -186,11 +186,14 @@ class Channel:
     async def _write(self, message: str | bytes) -> None:
         from websockets.exceptions import ConnectionClosed
 
-        if self._socket is None:
+        socket = self._socket
+        if socket is None:
             raise Broken
         try:
-            await self._socket.send(message)
+            await socket.send(message)
         except ConnectionClosed as error:
+            if self._socket is socket and not self.lost:
+                self._up.clear()  # the reader is about to see it: nobody tries again before
             raise Broken from error
 
     async def _cancel(self, stream: Stream) -> None:

@@ -6,6 +6,7 @@ what Python can ask for, any language can. Streams are the channel's.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ from rorqual.sandbox.edge.failures import failure
 from rorqual.sandbox.edge.guard import BodyTooLarge, Guard
 from rorqual.sandbox.edge.transfer import Spool, pieces
 from rorqual.sandbox.errors import EdgeRefused, InvalidRequest, SandboxError
+from rorqual.sandbox.images import ImageInfo, images
 from rorqual.sandbox.records import CommandResult, FileEntry, SandboxInfo
 
 MAX_OUTPUT = 8 << 20
@@ -152,6 +154,11 @@ def _add_lifecycle(app: FastAPI, edge: Edge) -> None:
     async def live() -> Response:
         """Every live sandbox of this edge, oldest first."""
         return JSONResponse(encode(edge.live()))
+
+    @app.get(f"/v{API}/images", responses={200: {"model": list[ImageInfo]}})
+    async def all_images() -> Response:
+        """The images of this host: what `image` and `layers` may name."""
+        return JSONResponse(encode(await asyncio.to_thread(images, state=edge.state)))
 
     @app.get(f"/v{API}/sandboxes/{{sandbox_id}}", responses={200: {"model": SandboxInfo}})
     async def info(sandbox_id: str) -> Response:

@@ -31,6 +31,7 @@ from rorqual.sandbox.errors import (
     SandboxError,
     SandboxNotFound,
 )
+from rorqual.sandbox.images import images
 
 SEND_S = 60.0
 """A client that takes nothing for so long is cut off."""
@@ -252,6 +253,8 @@ class Channel:
         edge = self.edge
         if op == "list":
             return {"sandbox": "", "sandboxes": encode(edge.live())}
+        if op == "images":
+            return {"sandbox": "", "images": encode(await asyncio.to_thread(images, state=edge.state))}
         if op == "create":
             given = arguments(create_model_of_sandbox(), document["args"])
             checked = create_arguments(given, roots=edge.config.mount_roots)
@@ -263,7 +266,10 @@ class Channel:
         elif op in ("open", "look", "attach"):
             sandbox_id = str(document["sandbox"])
             try:
-                await edge.held(sandbox_id)
+                if op == "look":
+                    edge.tenancy(sandbox_id)  # a look does not wake what is paused
+                else:
+                    await edge.held(sandbox_id)
             except SandboxEnded as error:
                 if op in ("look", "attach"):
                     pass  # the log can be read, and answered from, after the end
@@ -275,7 +281,9 @@ class Channel:
                 self.hold = await AsyncSandbox.attach(sandbox_id, edge="local")
             self.sandbox_id = sandbox_id
         else:
-            raise EdgeError(f"a channel begins with create, open, look, attach or list, not {op[:40]!r}")
+            raise EdgeError(
+                f"a channel begins with create, open, look, attach, list or images, not {op[:40]!r}"
+            )
         self._holds = op != "look"
         edge.hear(self.sandbox_id)
         return {"sandbox": self.sandbox_id, "edge": edge.config.name}
@@ -290,5 +298,5 @@ def _label(name: str) -> str:
     """A call's name as a metric's label: never what a client made up."""
     from rorqual.sandbox._remote_methods import methods
 
-    known = {"create", "open", "look", "attach", "list", "call", *STREAMS}
+    known = {"create", "open", "look", "attach", "list", "images", "call", *STREAMS}
     return name if name in known or name in methods() else "other"

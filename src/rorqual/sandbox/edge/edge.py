@@ -215,9 +215,9 @@ class Edge:
         count = arguments.get("count", 1)
         with self.room(max(1, count) if isinstance(count, int) else 1, row.memory_mb):
             children = await parent.fork(**arguments)
+            lease = None if arguments.get("keep") else row.lease
             rows = [
-                Row(id=child.id, owner=row.owner, lease=row.lease, memory_mb=row.memory_mb)
-                for child in children
+                Row(id=child.id, owner=row.owner, lease=lease, memory_mb=row.memory_mb) for child in children
             ]
             made = self._enter(rows, children)
         self.metrics.created.inc(len(made))
