@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src/rorqual/sandbox/_async"
 TARGET = ROOT / "src/rorqual/sandbox/_sync"
-MODULES = ("commands", "files", "function", "pool", "ports", "pty", "sandbox")
+MODULES = ("commands", "files", "function", "pool", "ports", "pty", "sandbox", "screen")
 DUNDERS = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__call__": "__call__", "__repr__": "__repr__"}
 
 

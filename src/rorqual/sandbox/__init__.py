@@ -17,6 +17,7 @@ from rorqual.sandbox._async.pool import AsyncWarmPool
 from rorqual.sandbox._async.ports import AsyncForward, AsyncPortStream
 from rorqual.sandbox._async.pty import AsyncPtyHandle
 from rorqual.sandbox._async.sandbox import AsyncSandbox
+from rorqual.sandbox._async.screen import AsyncScreen
 from rorqual.sandbox._guest import PtySize
 from rorqual.sandbox._replay import Difference, Replay
 from rorqual.sandbox._sync.commands import CommandHandle
@@ -25,6 +26,7 @@ from rorqual.sandbox._sync.pool import WarmPool
 from rorqual.sandbox._sync.ports import Forward, PortStream
 from rorqual.sandbox._sync.pty import PtyHandle
 from rorqual.sandbox._sync.sandbox import Sandbox
+from rorqual.sandbox._sync.screen import Screen
 from rorqual.sandbox.doctor import doctor
 from rorqual.sandbox.errors import (
     CommandNotFound,
@@ -69,6 +71,7 @@ from rorqual.sandbox.records import (
     Paused,
     PoolStatistics,
     SandboxInfo,
+    ScreenSize,
     Snapshot,
 )
 from rorqual.sandbox.substrates import SUBSTRATES
@@ -83,6 +86,7 @@ __all__ = [
     "AsyncPortStream",
     "AsyncPtyHandle",
     "AsyncSandbox",
+    "AsyncScreen",
     "AsyncWarmPool",
     "Check",
     "CommandHandle",
@@ -128,6 +132,8 @@ __all__ = [
     "SandboxError",
     "SandboxInfo",
     "SandboxNotFound",
+    "Screen",
+    "ScreenSize",
     "Secret",
     "Snapshot",
     "TrajectoryEntry",

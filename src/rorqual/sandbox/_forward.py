@@ -33,6 +33,7 @@ IDENTITY: Mapping[str, tuple[str, ...]] = {
     "snapshot": (),
     "commit": ("image",),
     "fork": ("count",),
+    "screen": ("type", "key", "move", "click", "drag", "scroll", "at", "count", "button"),
 }
 
 

@@ -231,12 +231,17 @@ class ImageError(SandboxError):
 class ImageNotFound(ImageError):
     """No image with this name on this host."""
 
-    def __init__(self, name: str, *, known: Sequence[str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        known: Sequence[str],
+        make: str = "images.build_debian(name) or images.import_oci(path)",
+    ) -> None:
         self.name = name
         self.known = tuple(known)
         super().__init__(
-            f"no image {name!r} on this host; there are: {', '.join(known)}. "
-            "Make one with images.build_debian(name) or images.import_oci(path)"
+            f"no image {name!r} on this host; there are: {', '.join(known) or 'none'}. Make one with {make}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,14 @@ class SandboxSpec:
     """The monitor of a microvm, when it must be that one: 'qemu', 'firecracker'; empty: what suits this host."""
     accelerated: bool | None = None
     """A machine's CPU: True, with KVM or not at all; False, emulated; None, with KVM where it boots a guest."""
+    firmware: str = "bios"
+    """A full machine's: 'bios' or 'uefi'."""
+    cloud_init: Mapping[str, Any] | None = None
+    """A full machine's seed for cloud-init (machines/cloud_init.py: check); {}: a user and our guest agent."""
+    channel: str = "auto"
+    """How a full machine is reached: 'agent', 'qemu-guest-agent', 'console', 'screen' (by nothing else), 'auto'."""
+    console: Mapping[str, str] | None = None
+    """{'user', 'password'} for the login on a full machine's serial console; None: root, without a password."""
     user: str = ""
     """Default user of commands and files: `user` (uid 1000) or `root` (of the sandbox, not of the host).
     Empty: `user` where the host has ids for two, else `root`."""
@@ -75,6 +83,7 @@ class SandboxSpec:
         _number("pids", self.pids, low=8, high=1 << 20, unit="processes")
         if self.disk_mb is not None:
             _number("disk_mb", self.disk_mb, low=1, high=1 << 24, unit="MiB")
+        _machine_fields(self)
         if self.accelerated not in (True, False, None):
             raise InvalidRequest(f"accelerated: {self.accelerated!r} must be True, False or None")
         for name, value in self.envs.items():
@@ -138,6 +147,41 @@ def call_timeout(seconds: Any) -> float:
     """The checked deadline of one call. Raises InvalidRequest."""
     _number("timeout", seconds, low=0.01, high=86400, unit="seconds")
     return float(seconds)
+
+
+_MACHINE_FIELDS = {"firmware": "bios", "cloud_init": None, "channel": "auto", "console": None}
+_HIDDEN = ("cloud_init", "console")
+
+
+def without_secrets(spec: SandboxSpec) -> dict[str, Any]:
+    """The request as it goes into the log: what may hold a password is left as the names of its fields."""
+    request = asdict(spec)
+    for name in _HIDDEN:
+        if request[name] is not None:
+            request[name] = sorted(request[name])
+    return request
+
+
+def _machine_fields(spec: SandboxSpec) -> None:
+    if spec.substrate != "fullvm":
+        for name, default in _MACHINE_FIELDS.items():
+            if getattr(spec, name) != default:
+                raise InvalidRequest(f"{name}: is for substrate='fullvm', not for {spec.substrate!r}")
+        return
+    if spec.firmware not in ("bios", "uefi"):
+        raise InvalidRequest(f"firmware: {spec.firmware!r} must be 'bios' or 'uefi'")
+    channels = ("auto", "agent", "qemu-guest-agent", "console", "screen")
+    if spec.channel not in channels:
+        raise InvalidRequest(f"channel: {spec.channel!r} must be one of {', '.join(channels)}")
+    login = spec.console or {}
+    if set(login) - {"user", "password"} or not all(
+        isinstance(value, str) and "\n" not in value and len(value) < 256 for value in login.values()
+    ):
+        raise InvalidRequest("console: must have 'user' and 'password', texts of one line")
+    if spec.cloud_init is not None:
+        from rorqual.sandbox.machines import cloud_init
+
+        cloud_init.check(spec.cloud_init)
 
 
 def _number(name: str, value: Any, *, low: float, high: float, unit: str) -> None:

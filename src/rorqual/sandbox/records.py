@@ -97,6 +97,8 @@ class SandboxInfo:
     """What this host does differently, in sentences."""
     accelerator: str = ""
     """A machine's: 'kvm', or 'tcg' when it is emulated; '' for what is no machine."""
+    channel: str = ""
+    """How a full machine is reached: 'agent', 'qemu-guest-agent', 'console' or 'screen'; '' for all others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +178,14 @@ class PoolStatistics:
     """Sandboxes that could not be made; tried again after a while."""
     last_error: str
     """Why, when the last try failed; '' otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScreenSize:
+    """Of a machine's screen, in pixels."""
+
+    width: int
+    height: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ from rorqual.sandbox._async.files import AsyncFiles
 from rorqual.sandbox._async.function import AsyncFunction
 from rorqual.sandbox._async.ports import AsyncPorts
 from rorqual.sandbox._async.pty import AsyncPty
+from rorqual.sandbox._async.screen import AsyncScreen
 from rorqual.sandbox._ended import ended_session
 from rorqual.sandbox._forward import Forward
 from rorqual.sandbox._guest import GuestClient
@@ -50,7 +51,8 @@ from rorqual.sandbox.errors import (
 from rorqual.sandbox.images import Bounds, store
 from rorqual.sandbox.keeper import cgroups, leases
 from rorqual.sandbox.keeper.client import KeeperDied, keeper_at
-from rorqual.sandbox.limits import FunctionSpec, Mount, SandboxSpec, parse_mounts
+from rorqual.sandbox.limits import FunctionSpec, Mount, SandboxSpec, parse_mounts, without_secrets
+from rorqual.sandbox.machines import channel as channels
 from rorqual.sandbox.network import NetworkPolicy, Secret
 from rorqual.sandbox.network.policy import parse_policy, plain_policy
 from rorqual.sandbox.network.secret import check_secrets, plain_secrets, vault
@@ -100,6 +102,7 @@ class AsyncSandbox:
     commands: AsyncCommands
     files: AsyncFiles
     pty: AsyncPty
+    screen: AsyncScreen
     trajectory: AsyncTrajectory
     _keeps_forks = False
     """An edge's forks outlive it, as all that it makes."""
@@ -112,6 +115,7 @@ class AsyncSandbox:
         self.commands = AsyncCommands(session)
         self.files = AsyncFiles(session)
         self.pty = AsyncPty(session)
+        self.screen = AsyncScreen(session, self._record)
         self.trajectory = AsyncTrajectory(session.log, session.id)
 
     @classmethod
@@ -135,6 +139,10 @@ class AsyncSandbox:
         runtime: str = "",
         vmm: str = "",
         accelerated: bool | None = None,
+        firmware: str = "bios",
+        cloud_init: Mapping[str, Any] | None = None,
+        channel: str = "auto",
+        console: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
         require: Sequence[str] = (),
         keep: bool = False,
@@ -152,6 +160,7 @@ class AsyncSandbox:
         default the state directory's.
         runtime: 'crun' or 'runc', when it must be that one. vmm: a microvm's monitor, likewise. accelerated: True: a
         machine with KVM, or Unsupported; False: emulated; None: with KVM where that boots a guest.
+        firmware, cloud_init, channel, console: a full machine's (docs/sandbox-machines.md).
         Fields and defaults: limits.SandboxSpec.
         image: a name of `images.images()`, or what `snapshot()` returned. layers: images on top of it, such as
         a workspace and a toolkit, the later over the earlier, all below what a snapshot had written.
@@ -185,6 +194,11 @@ class AsyncSandbox:
             {name: value for name, value in arguments.items() if name not in ("require", "trajectory")}
         )
         kind = _require(spec.substrate, require)
+        asked = [name for name in require if name in channels.CHANNELS]
+        if asked and spec.channel in ("auto", asked[0]):  # no other will do
+            spec = replace(spec, channel=asked[0])
+        elif asked:
+            raise InvalidRequest(f"require: {asked[0]!r}, and channel={spec.channel!r} was asked for")
         state = StateDir.from_environment()
         state.prepare()
         await asyncio.to_thread(prune.reap_once, state)
@@ -255,7 +269,7 @@ class AsyncSandbox:
     ) -> AsyncSandbox:
         log = open_log(trajectory)
         sandbox_id = f"sb-{edge}-{secrets.token_hex(6)}"
-        request = asdict(spec) | ({"forked_from": forked_from} if forked_from else {})
+        request = without_secrets(spec) | ({"forked_from": forked_from} if forked_from else {})
         seq = await log.begin(sandbox=sandbox_id, kind="created", request=request)
         try:
             if forked_from:
@@ -320,6 +334,7 @@ class AsyncSandbox:
             limits=record["limits"],
             notes=tuple(record["notes"]),
             oom_kills=cgroups.OomCounter(cgroup).read,
+            patience=record.get("patience", 20.0),
         )
         log = open_log(Path(record["trajectory"]))
         try:
@@ -795,7 +810,11 @@ async def _reach(launched: Launched) -> GuestClient:
             loop.call_soon_threadsafe(settle)
 
     launched.keeper.watch(launched.sandbox_id, ended)
-    connecting = asyncio.ensure_future(GuestClient.connect(launched.guest, timeout=launched.patience))
+    connecting = asyncio.ensure_future(
+        channels.reach(launched.guest, patience=launched.patience)
+        if channels.is_pc(launched.guest)
+        else GuestClient.connect(launched.guest, timeout=launched.patience)
+    )
     try:
         both: set[asyncio.Future[Any]] = {connecting, over}
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -858,4 +877,5 @@ def _info(record: Mapping[str, Any]) -> SandboxInfo:
         limits=record["limits"],
         notes=tuple(record["notes"]),
         accelerator=record.get("accelerator", ""),
+        channel=channels.chosen(Path(record["directory"])) if record.get("screen") else "",
     )

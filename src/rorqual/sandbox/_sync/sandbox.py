@@ -16,6 +16,7 @@ from rorqual.sandbox._sync.files import Files
 from rorqual.sandbox._sync.function import Function
 from rorqual.sandbox._sync.ports import Ports
 from rorqual.sandbox._sync.pty import Pty
+from rorqual.sandbox._sync.screen import Screen
 from rorqual.sandbox.images import Bounds
 from rorqual.sandbox.limits import Mount
 from rorqual.sandbox.network import NetworkPolicy, Secret
@@ -52,6 +53,7 @@ class Sandbox:
         self.commands = Commands(inner.commands)
         self.files = Files(inner.files)
         self.pty = Pty(inner.pty)
+        self.screen = Screen(inner.screen)
         self.trajectory = Trajectory(inner.trajectory)
 
     @classmethod
@@ -75,6 +77,10 @@ class Sandbox:
         runtime: str = "",
         vmm: str = "",
         accelerated: bool | None = None,
+        firmware: str = "bios",
+        cloud_init: Mapping[str, Any] | None = None,
+        channel: str = "auto",
+        console: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
         require: Sequence[str] = (),
         keep: bool = False,
@@ -92,6 +98,7 @@ class Sandbox:
         default the state directory's.
         runtime: 'crun' or 'runc', when it must be that one. vmm: a microvm's monitor, likewise. accelerated: True: a
         machine with KVM, or Unsupported; False: emulated; None: with KVM where that boots a guest.
+        firmware, cloud_init, channel, console: a full machine's (docs/sandbox-machines.md).
         Fields and defaults: limits.SandboxSpec.
         image: a name of `images.images()`, or what `snapshot()` returned. layers: images on top of it, such as
         a workspace and a toolkit, the later over the earlier, all below what a snapshot had written.
@@ -129,6 +136,10 @@ class Sandbox:
                     runtime=runtime,
                     vmm=vmm,
                     accelerated=accelerated,
+                    firmware=firmware,
+                    cloud_init=cloud_init,
+                    channel=channel,
+                    console=console,
                     metadata=metadata,
                     require=require,
                     keep=keep,

@@ -95,7 +95,7 @@ def inspect(path: Path, *, deep: bool = True) -> Disk:
             raise ImageRejected(str(path), f"is a {foreign} file; raw, qcow2 and ISO 9660 are taken: {how}")
     if size < 512:
         raise ImageRejected(str(path), f"has {size} bytes, too few for a disk")
-    kind: DiskFormat = "iso" if head[_ISO_AT : _ISO_AT + 5] == _ISO and _is_optical(head) else "raw"
+    kind: DiskFormat = "iso" if head[_ISO_AT : _ISO_AT + 5] == _ISO else "raw"
     if size > MAX_VIRTUAL:
         raise ImageRejected(str(path), f"has {size} bytes, more than {MAX_VIRTUAL}")
     return Disk(path=real, format=kind, virtual_bytes=size, file_bytes=size)
@@ -114,11 +114,6 @@ def overlay(base: Disk, target: Path, *, size_bytes: int = 0) -> None:
     # A file name is taken literally only after 'file:'; a path like 'nbd:...' never gets here, it is absolute.
     command = ["create", "-q", "-f", "qcow2", *options, "-F", backing, "-b", str(base.path)]
     _run([*command, str(target), str(size)], source=str(target))
-
-
-def _is_optical(head: bytes) -> bool:
-    """A hybrid image has an MBR in front: it is a disk when its partition table says so, else an optical disc."""
-    return head[510:512] != b"\x55\xaa" or not any(head[446 + 16 * i + 4] for i in range(4))
 
 
 def _qcow2(head: bytes, size: int, *, source: str) -> int:

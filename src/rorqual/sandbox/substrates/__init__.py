@@ -5,6 +5,7 @@ from __future__ import annotations
 from rorqual.sandbox.errors import InvalidRequest, Unsupported
 from rorqual.sandbox.substrates.base import Launched, Substrate
 from rorqual.sandbox.substrates.container import Container
+from rorqual.sandbox.substrates.fullvm import FullVm
 from rorqual.sandbox.substrates.function import Functions
 from rorqual.sandbox.substrates.microvm import MicroVm
 
@@ -13,6 +14,7 @@ _BUILT: dict[str, Substrate] = {
     "container": Container(),
     "function": Functions(),
     "microvm": MicroVm(),
+    "fullvm": FullVm(),
 }
 
 

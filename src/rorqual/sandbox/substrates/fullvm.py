@@ -1,0 +1,417 @@
+"""The fullvm substrate: a whole PC from any disk image, with a screen, on QEMU's q35.
+
+Turns a request into the keeper's order of kind "machine": looks at the disk image (machines/disks.py), lays a qcow2 of
+the sandbox's own over it, makes a seed for cloud-init, asks machines/q35.py for the command line. Who answers inside is
+found out by the first client (machines/channel.py). A memory snapshot is an image, as with microvm. Owns the request;
+never a silent choice: firmware, accelerator and channel are what was asked for, or said in `info()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rorqual.sandbox import host
+from rorqual.sandbox._guest import GuestClient
+from rorqual.sandbox.errors import (
+    HostUnfit,
+    ImageNotFound,
+    InvalidRequest,
+    LaunchFailed,
+    SandboxError,
+    Unsupported,
+)
+from rorqual.sandbox.images import debian_disk
+from rorqual.sandbox.images.unpack import Bounds
+from rorqual.sandbox.keeper import cgroups, leases
+from rorqual.sandbox.keeper.client import own_keeper
+from rorqual.sandbox.keeper.removal import remove_tree
+from rorqual.sandbox.limits import SandboxSpec
+from rorqual.sandbox.machines import cloud_init, disks, q35, snapshot
+from rorqual.sandbox.machines.channel import CHANNELS
+from rorqual.sandbox.machines.disks import Disk
+from rorqual.sandbox.machines.q35 import Q35, Pc
+from rorqual.sandbox.machines.shell_guest import ShellGuest
+from rorqual.sandbox.machines.vmm import Accelerator
+from rorqual.sandbox.records import Snapshot
+from rorqual.sandbox.state import StateDir
+from rorqual.sandbox.substrates.base import Launched, run_order
+
+if TYPE_CHECKING:
+    from rorqual.sandbox._session import Session
+
+_CAPABILITIES = frozenset(
+    {
+        *("commands", "files", "pty", "background", "reattach", "trajectory", "network:offline", "root"),
+        *(
+            "memory_snapshot",
+            "memory_fork",
+            "commit",
+            "balloon",
+            "own_kernel",
+            "screen",
+            "keyboard",
+            "pointer",
+        ),
+        *("firmware:bios", "agent", "qemu-guest-agent", "console"),
+    }
+)
+MIN_MEMORY_MB = 64
+PATIENCE_S = {"tcg": 240.0, "kvm": 90.0}
+"""How long a machine may take from power-on until something in it answers."""
+_VMM_PIDS = 64
+_DISK_SUFFIXES = (".qcow2", ".raw", ".img", ".iso")
+
+
+class FullVm:
+    """See the module."""
+
+    name = "fullvm"
+    snapshots = "memory"
+
+    def __init__(self) -> None:
+        self._vmm = Q35()
+
+    def capabilities(self) -> frozenset[str]:
+        names = set(_CAPABILITIES)
+        if cgroups.can_freeze():
+            names.add("pause")
+        try:
+            q35.firmware_files()
+            names.add("firmware:uefi")
+        except HostUnfit:
+            pass
+        if host.find_program("xorriso"):
+            names.add("cloud_init")
+        try:
+            if self._vmm.accelerator().name == "kvm":
+                names.add("accelerated")
+        except HostUnfit:
+            pass
+        return frozenset(names)
+
+    async def launch(
+        self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
+    ) -> Launched:
+        _refuse(spec)
+        return await asyncio.shield(
+            asyncio.ensure_future(
+                _launch(self._vmm, spec, sandbox_id=sandbox_id, state=state, trajectory=trajectory)
+            )
+        )
+
+    async def take(
+        self, session: Session, record: Mapping[str, Any], *, name: str, state: StateDir, bounds: Bounds
+    ) -> tuple[Snapshot, list[int]]:
+        """bounds do not apply: memory and disk are bounded by what the machine was created with."""
+        return await snapshot.take(session, record, self._vmm, name=name, state=state)
+
+
+def _refuse(spec: SandboxSpec) -> None:
+    """Raises Unsupported for what no machine can do, InvalidRequest for what is none."""
+    if spec.network != "offline":
+        raise Unsupported(
+            f"network={spec.network!r}",
+            reason="the fullvm substrate has no network yet",
+            available=("offline",),
+        )
+    if spec.mounts:
+        raise Unsupported(
+            f"mounts={spec.mounts[0].source!r}",
+            reason="a machine shares no file system with its host",
+            available=["files.write", "cloud_init={'files': ...}", "substrate='container'"],
+        )
+    if spec.layers:
+        raise Unsupported(f"layers={list(spec.layers)}", reason="a disk image is whole", available=["image"])
+    if spec.runtime:
+        raise Unsupported(
+            f"runtime={spec.runtime!r}",
+            reason="a machine has a monitor, not an OCI runtime",
+            available=["vmm='qemu'"],
+        )
+    if spec.vmm not in ("", "qemu"):
+        raise Unsupported(f"vmm={spec.vmm!r}", reason="a full machine is QEMU's", available=["vmm='qemu'"])
+    if spec.memory_mb < MIN_MEMORY_MB:
+        raise InvalidRequest(f"memory_mb: {spec.memory_mb} is too little for a PC: at least {MIN_MEMORY_MB}")
+    if spec.disk_mb is not None and spec.disk_mb < q35.MIN_DISK_MB:
+        raise InvalidRequest(f"disk_mb: {spec.disk_mb} is too little for a PC: at least {q35.MIN_DISK_MB}")
+
+
+def _accelerator(vmm: Q35, spec: SandboxSpec) -> Accelerator:
+    """Raises Unsupported, HostUnfit."""
+    vmm.program()
+    if spec.accelerated is False:
+        return Accelerator(name="tcg", why="emulation was asked for")
+    found = vmm.accelerator()
+    if spec.accelerated and found.name != "kvm":
+        raise Unsupported(
+            "accelerated=True",
+            reason=f"{found.why}; a guest would be emulated",
+            available=["accelerated=None, which emulates"],
+        )
+    return found
+
+
+def find_disk(image: str) -> Disk:
+    """A path, or the name of a disk that `images.build_debian_disk` has made. Raises ImageNotFound, ImageRejected."""
+    if "/" in image or image.endswith(_DISK_SUFFIXES):
+        return disks.inspect(Path(image))
+    known = {item.name: item.path for item in debian_disk.disks()}
+    if image not in known:
+        raise ImageNotFound(
+            image,
+            known=sorted(known),
+            make="images.build_debian_disk(name), or give the path of a disk image",
+        )
+    return disks.inspect(known[image], deep=False)
+
+
+async def _launch(
+    vmm: Q35, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
+) -> Launched:
+    accelerator = await asyncio.to_thread(_accelerator, vmm, spec)
+    directory = state.sandboxes / sandbox_id
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=state.images))
+    try:
+        pc, record, held = await asyncio.to_thread(
+            _prepare, vmm, spec, accelerator, building, sandbox_id=sandbox_id, state=state
+        )
+        plan = vmm.pc(pc, vm=directory / "vm")
+        keeper = await asyncio.to_thread(own_keeper, state)
+        root = os.geteuid() == 0
+        cgroup = f"/rorqual-{sandbox_id}" if root and cgroups.hierarchies() else ""
+        limit = pc.memory_mb + plan.overhead_mb << 20 if cgroup else None
+        record |= {
+            "id": sandbox_id,
+            "directory": str(directory),
+            "substrate": spec.substrate,
+            "image": spec.image,
+            "runtime": "qemu",
+            "accelerator": accelerator.name,
+            "rootless": not root,
+            "network": "offline",
+            "metadata": dict(spec.metadata),
+            "created": time.time(),
+            "spec": asdict(spec),
+            "id_base": None,
+            "cgroup": cgroup,
+            "guest": plan.guest,
+            "patience": PATIENCE_S[accelerator.name],
+            "screen": True,
+            "trajectory": str(trajectory),
+            "limits": {
+                "memory": "machine",
+                "pids": "none",
+                "cpu": "cgroup" if cgroup else "none",
+                "disk": "rlimit" if record["disk_mb"] is not None else "none",
+            },
+        }
+        order = {
+            "kind": "machine",
+            "id": sandbox_id,
+            "directory": str(directory),
+            "keep": spec.keep,
+            "timeout": spec.timeout,
+            "cgroup": cgroup,
+            "trajectory": str(trajectory),
+            "leases": held,
+            "userns": None,
+            "argv": plan.argv,
+            "env": plan.env,
+            "files": plan.files,
+            "limits": {"memory": limit, "pids": _VMM_PIDS + pc.cpus, "cpu": spec.cpu},
+            "user": _user(sandbox_id) if root else None,
+            "shown": plan.shown if root else None,
+            "devices": plan.devices,
+            "network": None,
+            "record": record,
+        }
+        answer = await run_order(keeper, order)
+    finally:
+        await asyncio.shield(asyncio.to_thread(remove_tree, str(building)))
+    try:
+        await vmm.go_on(pc, vm=directory / "vm")
+    except BaseException as error:
+        request = keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=f"its VMM: {error}")
+        await asyncio.shield(asyncio.wrap_future(request))
+        if isinstance(error, SandboxError):
+            raise LaunchFailed(sandbox_id, stage="vmm", detail=str(error)) from error
+        raise
+    return Launched(
+        sandbox_id=sandbox_id,
+        keeper=keeper,
+        guest=plan.guest,
+        user=record["user"],
+        workdir=record["workdir"],
+        envs=record["envs"],
+        expires=answer["expires"],
+        runtime="qemu",
+        limits=record["limits"],
+        notes=tuple(record["notes"]),
+        oom_kills=cgroups.OomCounter(cgroup).read,
+        patience=record["patience"],
+        greet=partial(_become_its_own, sandbox_id) if pc.restore is not None else None,
+    )
+
+
+def _prepare(
+    vmm: Q35,
+    spec: SandboxSpec,
+    accelerator: Accelerator,
+    building: Path,
+    *,
+    sandbox_id: str,
+    state: StateDir,
+) -> tuple[Pc, dict[str, Any], list[str]]:
+    """The machine, its part of the record, and the leases on what it is restored from. Blocks."""
+    found = None
+    if "/" not in spec.image and not spec.image.endswith(_DISK_SUFFIXES):
+        found = snapshot.find(spec.image, state=state)
+    if found is not None:
+        return _restored(vmm, spec, accelerator, *found, sandbox_id=sandbox_id)
+    base = find_disk(spec.image)
+    top = building / q35.DISK
+    if base.format != "iso":
+        disks.overlay(base, top)
+    seed = None
+    if spec.cloud_init is not None:
+        seed = building / q35.SEED
+        cloud_init.seed(cloud_init.check(spec.cloud_init), seed, sandbox_id=sandbox_id)
+    pc = Pc(
+        sandbox_id=sandbox_id,
+        base=base,
+        overlay=top,
+        firmware=spec.firmware,
+        memory_mb=spec.memory_mb,
+        cpus=max(1, math.ceil(spec.cpu)),
+        accelerator=accelerator.name,
+        disk_mb=spec.disk_mb,
+        seed=seed,
+    )
+    user = spec.user or "root"
+    record = {
+        "user": user,
+        "workdir": spec.workdir or ("/root" if user == "root" else f"/home/{user}"),
+        "image_envs": {},
+        "root_image": spec.image,
+        "envs": dict(spec.envs),
+        "cpu": spec.cpu,
+        "memory_mb": spec.memory_mb,
+        "pids": spec.pids,
+        "disk_mb": spec.disk_mb,
+        "notes": [_words(vmm, accelerator), "pids is not held: the machine's system has its own limits"],
+        "machine": {
+            "vmm": vmm.name,
+            "accelerator": accelerator.name,
+            "memory_mb": pc.memory_mb,
+            "cpus": pc.cpus,
+            "firmware": pc.firmware,
+            "base": q35.base_identity(base),
+            "layers": [str(base.path)],
+            "disk": base.format != "iso",
+            "channel": spec.channel,
+        },
+    }
+    return pc, record, []
+
+
+def _restored(
+    vmm: Q35,
+    spec: SandboxSpec,
+    accelerator: Accelerator,
+    place: Path,
+    image: dict[str, Any],
+    *,
+    sandbox_id: str,
+) -> tuple[Pc, dict[str, Any], list[str]]:
+    """As `_prepare`, for a memory snapshot: memory, CPUs, disk and firmware are what they were."""
+    machine, was = image["machine"], image["record"]
+    if machine["vmm"] != vmm.name or machine["accelerator"] != accelerator.name:
+        raise Unsupported(
+            f"image={spec.image!r}",
+            reason=f"{machine['vmm']} with {machine['accelerator']} took it, and it cannot go on in {vmm.name} "
+            f"with {accelerator.name}",
+            available=[f"accelerated={machine['accelerator'] == 'kvm'}"]
+            if machine["vmm"] == vmm.name
+            else ["substrate='microvm'"],
+        )
+    defaults = {name: field.default for name, field in SandboxSpec.__dataclass_fields__.items()}
+    for name in ("memory_mb", "disk_mb"):
+        if getattr(spec, name) not in (defaults[name], was[name]):
+            raise InvalidRequest(
+                f"{name}: {getattr(spec, name)!r}, and the snapshot's machine has {was[name]!r}, which stays"
+            )
+    if spec.cloud_init is not None:
+        raise InvalidRequest("cloud_init: the snapshot's machine has booted already; use commands and files")
+    snapshot.check_restorable(machine, vmm, name=spec.image)
+    q35.check_base(machine, name=spec.image)
+    kept = machine["base"]
+    base = Disk(
+        path=Path(kept["path"]),
+        format=kept["format"],
+        virtual_bytes=kept["virtual_bytes"],
+        file_bytes=kept["size"],
+    )
+    pc = Pc(
+        sandbox_id=sandbox_id,
+        base=base,
+        overlay=place / q35.DISK,
+        firmware=machine["firmware"],
+        memory_mb=machine["memory_mb"],
+        cpus=machine["cpus"],
+        accelerator=accelerator.name,
+        disk_mb=was["disk_mb"],
+        restore=place,
+        ram=machine.get("ram", ""),
+    )
+    channel = machine["channel"] if spec.channel == "auto" else spec.channel
+    note = f"goes on from a memory snapshot of {image['sandbox']}"
+    its_own = ", with entropy, identity and clock of its own"
+    if channel != "agent":
+        its_own = "; its entropy, identity and clock are the old ones: only our guest agent can renew them"
+    record = {
+        "user": spec.user or was["user"],
+        "workdir": spec.workdir or was["workdir"],
+        "image_envs": {},
+        "root_image": image["parent"],
+        "envs": dict(spec.envs),
+        "cpu": spec.cpu,
+        **{key: was[key] for key in ("memory_mb", "pids", "disk_mb")},
+        "notes": [note + its_own, _words(vmm, accelerator)],
+        "machine": {key: value for key, value in machine.items() if key not in ("ram", "ram_bytes")}
+        | {"channel": channel},
+    }
+    return pc, record, [str(place / leases.FILE)]
+
+
+def _words(vmm: Q35, accelerator: Accelerator) -> str:
+    how = "runs with KVM" if accelerator.name == "kvm" else f"emulated, not accelerated: {accelerator.why}"
+    return f"QEMU {vmm.version()} (q35): {how}"
+
+
+def _user(sandbox_id: str) -> int:
+    """The host id of a sandbox's VMM: two machines share one only by chance."""
+    digest = int.from_bytes(hashlib.sha256(sandbox_id.encode()).digest()[:2], "big")
+    return host.ID_BASE + host.ID_COUNT + digest
+
+
+async def _become_its_own(sandbox_id: str, guest: GuestClient) -> None:
+    """A restored machine gets its own entropy, name and clock before anything else is asked of it, where it can."""
+    if isinstance(guest, ShellGuest) or not guest.info.agent:
+        return
+    await guest.refresh(
+        hostname=sandbox_id, machine_id=secrets.token_hex(16), entropy=secrets.token_bytes(64), clock=True
+    )
+
+
+__all__ = ["CHANNELS", "FullVm", "find_disk"]
