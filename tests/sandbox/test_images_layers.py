@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import hashlib
 import json
@@ -296,6 +297,40 @@ async def test_a_loader_killed_in_the_middle_of_reads_is_replaced_and_no_read_is
         assert result.stdout.split()[0] == hashlib.sha256(data).hexdigest()
         assert holder(state)["worker"] != first
     assert any("the loader died" in event.get("detail", "") for event in layer_events())
+
+
+async def test_a_loader_killed_while_a_layer_is_mounted_is_replaced(
+    far: tuple[Store, bytes], state: StateDir, tmp_path: Path
+) -> None:
+    remote(far[0].url, "far")
+    async with await AsyncSandbox.create(layers=["far"]):
+        first, pid = holder(state)["worker"], holder(state)["pid"]
+        assert isinstance(first, int)
+        import_directory(tree(tmp_path / "second", {"f": "second\n"}), name="near", at="/opt/near")
+        publish("near", tmp_path / "near")
+        remove_image("near")
+        remote(str(tmp_path / "near"), "near")
+        os.kill(first, signal.SIGSTOP)  # so that the mount has to wait for it
+        creating = asyncio.ensure_future(AsyncSandbox.create(layers=["near"]))
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        await asyncio.to_thread(wait_for, lambda: len(children.read_text().split()) >= 2)
+        os.kill(first, signal.SIGKILL)
+        async with await asyncio.wait_for(creating, timeout=30) as sb:
+            assert (await sb.commands.run("cat /opt/near/f")).stdout == "second\n"
+    remove_image("near")
+
+
+async def test_a_killed_holder_is_replaced_and_running_sandboxes_keep_their_local_layers(
+    stacked: None, state: StateDir
+) -> None:
+    async with await AsyncSandbox.create(layers=["workspace:w"]) as old:
+        pid = holder(state)["pid"]
+        assert isinstance(pid, int)
+        os.kill(pid, signal.SIGKILL)
+        async with await AsyncSandbox.create(layers=["workspace:w"]) as new:
+            for sb in (old, new):
+                assert (await sb.commands.run("python3 w/src/main.py")).stdout == "42\n"
+        assert holder(state)["pid"] != pid
 
 
 def test_a_holder_outlives_its_client_and_ends_when_nobody_needs_it(tmp_path: Path, stacked: None) -> None:

@@ -107,7 +107,10 @@ def _layers(order: dict[str, Any], idmap_fd: int | None) -> dict[str, str]:
             if name.endswith((".erofs", ".lazy")):
                 found.setdefault(name, f"{STAGE}/layer{len(found)}")
     if found:
-        fds = client.trees(order["holder"], list(found))
+        try:
+            fds = client.trees(order["holder"], list(found))
+        except (OSError, client.HolderError) as error:
+            raise OSError(f"the layer holder gives no mounts: {error}") from error
         for fd, place in zip(fds, found.values(), strict=True):
             os.mkdir(place)
             linux.attach(fd, place, readonly=True, idmap_fd=idmap_fd)

@@ -10,6 +10,7 @@ connection over and the kernel sends again what it had not answered.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -185,8 +186,31 @@ class Holder:
             self.mounted[name] = mount_erofs(f"{source}/meta.erofs", target, devices=[f"{source}/data"])
         else:
             self.serve()
-            mount_erofs(f"{source}/meta.erofs", target, devices=[f"{self.place}/remote/{name}"])
+            self.mount_lazy(f"{source}/meta.erofs", target, f"{self.place}/remote/{name}")
             self.mounted[name] = "lazy"
+
+    def mount_lazy(self, meta: str, target: str, data: str) -> None:
+        """In a child: the mount waits for the loader, and when that dies, we are the one who starts the next."""
+        read, write = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                mount_erofs(meta, target, devices=[data])
+                os._exit(0)
+            except BaseException as error:
+                os.write(write, str(error).encode()[:4000])
+            os._exit(1)
+        os.close(write)
+        with open(read, "rb") as pipe:
+            while True:
+                ended, status = os.waitpid(-1, 0)
+                if ended == pid:
+                    break
+                if not self.ended(ended, status):
+                    os.kill(pid, signal.SIGKILL)
+                    raise OSError(errno.EIO, "the loader dies again and again: see layer_events()")
+            if status:
+                raise OSError(errno.EIO, pipe.read().decode(errors="replace") or "the mount was killed")
 
     def forget_removed(self) -> None:
         """Lets go of layers that were removed from the store; sandboxes that have them keep them."""
@@ -245,21 +269,25 @@ class Holder:
                 return True
             if pid == 0:
                 return True
-            if pid != self.worker:
-                continue
-            code = os.waitstatus_to_exitcode(status)
-            recent = len(self.starts) > _RESTARTS and time.monotonic() - self.starts[0] < _RESTART_S
-            self.events.report(
-                "loader", detail=f"the loader died ({code}); {'giving up' if recent else 'again'}"
-            )
-            if recent or self.fuse_fd is None:
+            if not self.ended(pid, status):
                 return False
-            self.start_worker()
-            try:
-                fuse.resend(self.fuse_fd)
-            except OSError as error:
-                self.events.report("loader", detail=f"reads under way are lost: {error}")
-                return False
+
+    def ended(self, pid: int, status: int) -> bool:
+        """A child has ended: replaces the loader, if it was that. False when it cannot be."""
+        if pid != self.worker:
+            return True
+        code = os.waitstatus_to_exitcode(status)
+        recent = len(self.starts) > _RESTARTS and time.monotonic() - self.starts[0] < _RESTART_S
+        self.events.report("loader", detail=f"the loader died ({code}); {'giving up' if recent else 'again'}")
+        if recent or self.fuse_fd is None:
+            return False
+        self.start_worker()
+        try:
+            fuse.resend(self.fuse_fd)
+        except OSError as error:
+            self.events.report("loader", detail=f"reads under way are lost: {error}")
+            return False
+        return True
 
 
 def main() -> None:
