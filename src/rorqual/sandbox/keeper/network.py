@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Answered = Callable[[dict[str, Any]], None]
 
+SHARE = 128
+"""Sandboxes of one gateway: a change of its rules takes longer with each (docs/decisions/0018-network.md)."""
 STOP_S = 2.0
 _MAX_LINE = 8 << 20
 
@@ -37,14 +39,16 @@ class Gateway:
         self.waiting: dict[int, Answered] = {}
         self.sandboxes: set[str] = set()
         self.error = ""
+        self.ending = False
+        """It has served its last sandbox."""
 
 
 class Networks:
-    """The gateways of one keeper: one, unless its sandboxes are configured to leave by different namespaces."""
+    """The gateways of one keeper: one for every SHARE sandboxes that leave by the same namespace."""
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
-        self._gateways: dict[str, Gateway] = {}
+        self._gateways: list[Gateway] = []
         self._of: dict[str, Gateway] = {}
         self._number = 0
 
@@ -113,6 +117,9 @@ class Networks:
         if gateway is not None:
             gateway.sandboxes.discard(entry.id)
             self._send(gateway, "drop", entry.id, lambda _: None)
+            if not gateway.sandboxes and sum(other.key == gateway.key for other in self._gateways) > 1:
+                gateway.ending = True
+                gateway.sock.shutdown(socket.SHUT_WR)  # it ends; `read` sees that
 
     def read(self, gateway: Gateway) -> None:
         """Called by the loop when the gateway said something, or died."""
@@ -135,7 +142,7 @@ class Networks:
 
     def reaped(self, pid: int) -> bool:
         """Whether the process was a gateway; its socket tells the rest."""
-        for gateway in self._gateways.values():
+        for gateway in self._gateways:
             if gateway.pid == pid:
                 gateway.pid = 0
                 return True
@@ -143,7 +150,7 @@ class Networks:
 
     def close(self) -> None:
         """Ends the gateways: they take their links and rules with them. Waits STOP_S at most."""
-        for gateway in list(self._gateways.values()):
+        for gateway in self._gateways:
             gateway.sock.close()
             deadline = time.monotonic() + STOP_S
             while gateway.pid:
@@ -158,9 +165,12 @@ class Networks:
 
     def _gateway(self, config: dict[str, Any]) -> Gateway:
         key = json.dumps(config["options"], sort_keys=True)
-        gateway = self._gateways.get(key)
-        if gateway is not None:
-            return gateway
+        for gateway in self._gateways:
+            if gateway.key == key and 0 < len(gateway.sandboxes) < SHARE:
+                return gateway
+        for gateway in self._gateways:
+            if gateway.key == key and not gateway.sandboxes and not gateway.ending:
+                return gateway
         ours, theirs = socket.socketpair()
         options = {**config["options"], "keeper": os.getpid()}
         argv = [*config["argv"], json.dumps(options)]
@@ -184,7 +194,8 @@ class Networks:
             os.close(null)
             theirs.close()
         ours.settimeout(10.0)
-        gateway = self._gateways[key] = Gateway(key, ours, pid)
+        gateway = Gateway(key, ours, pid)
+        self._gateways.append(gateway)
         self._keeper.selector.register(ours, selectors.EVENT_READ, gateway)
         return gateway
 
@@ -209,7 +220,7 @@ class Networks:
     def _end(self, gateway: Gateway, detail: str) -> None:
         self._keeper.selector.unregister(gateway.sock)
         gateway.sock.close()
-        self._gateways.pop(gateway.key, None)
+        self._gateways.remove(gateway)
         if gateway.pid:  # it hung up but lives: it must not
             with contextlib.suppress(ProcessLookupError):
                 os.kill(gateway.pid, signal.SIGKILL)

@@ -32,7 +32,7 @@ from rorqual.sandbox.network.addresses import (
     MACHINE_PREFIX,
     PROTECTED,
 )
-from rorqual.sandbox.network.guests import Guest
+from rorqual.sandbox.network.guests import MAX_KNOWN, Guest
 from rorqual.sandbox.network.policy import Compiled, Ports, parse_policy
 from rorqual.sandbox.network.resolver import Resolver
 
@@ -79,7 +79,9 @@ class Gateway:
     async def open_addresses(self, guest: Guest, addresses: list[str], ports: Ports, seconds: int) -> None:
         if guest.id not in self.guests:
             raise nft.NftError("the sandbox is over")
-        text = nft.add_addresses(guest.number, addresses, ports, seconds)
+        if guest.open_addresses() + len(addresses) > MAX_KNOWN:
+            raise nft.NftError(f"more than {MAX_KNOWN} addresses are open")
+        text = nft.add_addresses(guest.epoch, addresses, ports, seconds)
         try:
             self.rules.run(text)
         except nft.NftError:  # an element ran out between two of its lines
@@ -89,7 +91,7 @@ class Gateway:
         known, fresh = guest.still_allowed(policy)
         self.rules.run(nft.set_policy(guest.number, self.epoch + 1, policy, known, fresh))
         self.epoch += 1
-        guest.policy = policy
+        guest.epoch, guest.policy = self.epoch, policy
 
     async def connect_uplink(self) -> None:
         async with self.uplink:
@@ -184,7 +186,7 @@ class Gateway:
         guest = self.guests[request["sandbox"]]
         now = time.time()
         rows = guest.events.rows()
-        found = nft.refused(self.reader.objects(f"list set {nft.TABLE} r{guest.number}"))
+        found = nft.refused(self.reader.objects(f"list set {nft.TABLE} refused"), guest.interface)
         for address, protocol, port, packets, age in found:
             rows.append(
                 {
@@ -197,10 +199,9 @@ class Gateway:
                 }
             )
         counters = guest.counters()
-        for key, name in (("out", "sent"), ("in", "received"), ("no", "refused")):
-            for item in self.reader.objects(f"list counter {nft.TABLE} {key}{guest.number}"):
-                counters[f"{name}_packets"] = item["counter"]["packets"]
-                counters[f"{name}_bytes"] = item["counter"]["bytes"]
+        for name, word in (("sent", "sent"), ("received", "received"), ("stopped", "refused")):
+            packets, size = nft.counted(self.reader.objects(f"list set {nft.TABLE} {name}"), guest.interface)
+            counters |= {f"{word}_packets": packets, f"{word}_bytes": size}
         return {"rows": sorted(rows, key=lambda row: row["last"]), "counters": counters}
 
     async def drop(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class Guest:
     events: Events = field(default_factory=Events)
     known: OrderedDict[str, dict[str, float]] = field(default_factory=OrderedDict)
     """Address -> the names it stood for, and until when (monotonic)."""
+    epoch: int = 0
+    """The number of its policy."""
     namespace: int | None = None
     """Descriptor of a machine's namespace."""
     attached: bool = False
@@ -107,6 +109,13 @@ class Guest:
             return False
         self.tokens -= 1.0
         return True
+
+    def open_addresses(self) -> int:
+        """How many addresses are open to it by a name. Counted only when there may be too many."""
+        if len(self.known) < MAX_KNOWN:
+            return 0
+        now = time.monotonic()
+        return sum(max(names.values()) > now for names in self.known.values())
 
     def learn(self, address: str, name: str, seconds: float) -> None:
         names = self.known.setdefault(address, {})

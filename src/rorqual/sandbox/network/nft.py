@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Network
 from typing import Any
 
@@ -26,11 +26,14 @@ from rorqual.sandbox.network.policy import Compiled, Ports
 TABLE = "inet rorqual"
 CONNECTIONS = 2048
 """Open connections of one sandbox: conntrack's table belongs to the whole host."""
-ADDRESSES = 8192
-"""Addresses that names of one sandbox may stand for at one time."""
-REFUSED = 512
-"""Refused destinations that are remembered per sandbox."""
+ADDRESSES = 1 << 18
+"""Addresses that are open at one time to all sandboxes of a gateway (guests.MAX_KNOWN bounds each of them)."""
+REFUSED = 1 << 14
+"""Refused destinations that are remembered for all of them."""
+BURST = 256
 REFUSED_S = 3600
+OLD_S = 86400
+"""How long a connection may be silent after a change of the policy and still be known as an old one."""
 _JSON = 1 << 4
 
 
@@ -81,15 +84,48 @@ class Nft:
 
 
 def router_rules() -> str:
-    """The router's table before there is any sandbox: nothing passes."""
+    """The router's table before there is any sandbox: nothing passes.
+
+    Sets are shared, since libnftables reads the list of all of them for each change: what belongs to one sandbox has
+    its interface or the number of its policy in the key. x: refused on the way out: counted, remembered (a burst of
+    destinations a sandbox, then one a second), answered. y: refused on the way back, that is, of a connection that a
+    new policy cut: the packet becomes the reset that tells the sandbox, whose kernel takes it since it is the next in
+    order; what comes too often after that is answered with a reset to the other side.
+    """
     return f"""
 table {TABLE} {{
   set protected {{ type ipv4_addr; flags interval; auto-merge; elements = {{ {_join(PROTECTED)} }}
   }}
   set conns {{ type ipv4_addr; size 65535; flags dynamic; }}
   set pairs {{ type ifname . ipv4_addr; }}
+  set sent {{ type ifname; counter; }}
+  set received {{ type ifname; counter; }}
+  set stopped {{ type ifname; counter; }}
+  set names {{ type mark . ipv4_addr; size {ADDRESSES}; flags timeout; }}
+  set ports {{ type mark . ipv4_addr . inet_service; size {ADDRESSES}; flags timeout; }}
+  set old {{ type mark . ipv4_addr; size {ADDRESSES}; flags timeout; }}
+  set oldports {{ type mark . ipv4_addr . inet_service; size {ADDRESSES}; flags timeout; }}
+  set refused {{
+    type ifname . ipv4_addr . inet_proto . inet_service; size {REFUSED}; flags dynamic, timeout; timeout {REFUSED_S}s;
+  }}
+  set notes {{ type ifname; size 65535; flags dynamic, timeout; timeout {REFUSED_S}s; }}
+  set resets {{ type ifname; size 65535; flags dynamic, timeout; timeout 60s; }}
   map from {{ type ifname : verdict; }}
   map back {{ type ifname : verdict; }}
+  chain remember {{
+    update @refused {{ iifname . ip daddr . meta l4proto . th dport counter }}
+  }}
+  chain x {{
+    iifname @stopped
+    update @notes {{ iifname limit rate 1/second burst {BURST} packets }} jump remember
+    meta l4proto tcp reject with tcp reset
+    reject with icmpx admin-prohibited
+  }}
+  chain y {{
+    meta l4proto tcp update @resets {{ oifname limit rate 20/second burst 20 packets }} tcp flags set rst accept
+    tcp flags & rst != rst reject with tcp reset
+    drop
+  }}
   chain forward {{
     type filter hook forward priority filter; policy drop;
     meta nfproto != ipv4 drop
@@ -121,58 +157,35 @@ def protect(networks: Iterable[IPv4Network]) -> str:
 
 
 def add_guest(number: int, interface: str, address: str) -> str:
-    """The chains and sets of a sandbox, which pass nothing until `set_policy`.
-
-    x: refused on the way out, answered and counted. y: on the way back, that is, of a connection that a new policy
-    cut: the packet becomes the reset that tells the sandbox, whose kernel takes it since it is the next in order; what
-    comes too often after that is answered with a reset to the other side.
-    """
+    """A sandbox's chains, which pass nothing until `set_policy`, and its places in the shared sets."""
     return f"""
-table {TABLE} {{
-  counter out{number} {{ }}
-  counter in{number} {{ }}
-  counter no{number} {{ }}
-  set a{number} {{ type ipv4_addr; size {ADDRESSES}; flags timeout; }}
-  set n{number} {{ type ipv4_addr . inet_service; size {ADDRESSES}; flags timeout; }}
-  set oa{number} {{ type ipv4_addr; size {ADDRESSES}; }}
-  set on{number} {{ type ipv4_addr . inet_service; size {ADDRESSES}; }}
-  set c{number} {{ type ipv4_addr . inet_service; flags interval; }}
-  set d{number} {{ type ipv4_addr . inet_service; flags interval; }}
-  set r{number} {{
-    type ipv4_addr . inet_proto . inet_service; size {REFUSED}; flags dynamic, timeout; timeout {REFUSED_S}s;
-  }}
-  chain f{number} {{ }}
-  chain t{number} {{ }}
-  chain x{number} {{
-    counter name no{number}
-    update @r{number} {{ ip daddr . meta l4proto . th dport counter }}
-    meta l4proto tcp reject with tcp reset
-    reject with icmpx admin-prohibited
-  }}
-  chain y{number} {{
-    meta l4proto tcp limit rate 20/second burst 20 packets tcp flags set rst accept
-    tcp flags & rst != rst reject with tcp reset
-    drop
-  }}
-}}
-add element {TABLE} pairs {{ "{interface}" . {address} }}
-add element {TABLE} from {{ "{interface}" : goto f{number} }}
-add element {TABLE} back {{ "{interface}" : goto t{number} }}
+add chain {TABLE} f{number}
+add chain {TABLE} t{number}
+{_places("add", number, interface, address)}
 """
 
 
 def remove_guest(number: int, interface: str, address: str) -> str:
-    kinds = ("a", "n", "oa", "on", "c", "d", "r")
-    lines = [
-        f'delete element {TABLE} pairs {{ "{interface}" . {address} }}',
-        f'delete element {TABLE} from {{ "{interface}" }}',
-        f'delete element {TABLE} back {{ "{interface}" }}',
-        *(f"flush chain {TABLE} {chain}{number}" for chain in ("f", "t", "x", "y")),
-        *(f"delete chain {TABLE} {chain}{number}" for chain in ("f", "t", "x", "y")),
-        *(f"delete set {TABLE} {kind}{number}" for kind in kinds),
-        *(f"delete counter {TABLE} {kind}{number}" for kind in ("out", "in", "no")),
-    ]
-    return "\n".join(lines) + "\n"
+    """The names of its policies run out by themselves."""
+    return f"""
+{_places("delete", number, interface, address)}
+flush chain {TABLE} f{number}
+flush chain {TABLE} t{number}
+delete chain {TABLE} f{number}
+delete chain {TABLE} t{number}
+"""
+
+
+def _places(verb: str, number: int, interface: str, address: str) -> str:
+    there, back = (f" : goto f{number}", f" : goto t{number}") if verb == "add" else ("", "")
+    return f"""
+{verb} element {TABLE} pairs {{ "{interface}" . {address} }}
+{verb} element {TABLE} from {{ "{interface}"{there} }}
+{verb} element {TABLE} back {{ "{interface}"{back} }}
+{verb} element {TABLE} sent {{ "{interface}" }}
+{verb} element {TABLE} received {{ "{interface}" }}
+{verb} element {TABLE} stopped {{ "{interface}" }}
+"""
 
 
 def set_policy(
@@ -187,49 +200,48 @@ def set_policy(
     epoch: the policy's number, greater than any before. known: addresses that allowed names stood for at any time
     and the ports they may be reached on: connections to them stay. fresh: those that still stand, with their seconds.
     """
-    lines = [f"flush set {TABLE} {kind}{number}" for kind in ("a", "n", "oa", "on", "c", "d")]
-    for kind, rules in (("c", policy.cidrs("allow")), ("d", policy.cidrs("deny"))):
-        # The ranges of one set may not overlap: a network within another goes with it.
-        elements = [f"{cidr} . {'0-65535' if port is None else port}" for cidr, port in _disjoint(rules)]
-        if elements:
-            lines.append(f"add element {TABLE} {kind}{number} {{ {', '.join(elements)} }}")
-    lines += [_element(f"oa{number}", f"on{number}", address, ports) for address, ports in known]
-    lines += [add_addresses(number, [address], ports, seconds) for address, ports, seconds in fresh]
+    lines = [_element("old", "oldports", epoch, address, ports, OLD_S) for address, ports in known]
+    lines += [_element("names", "ports", epoch, address, ports, seconds) for address, ports, seconds in fresh]
     lines += [f"flush chain {TABLE} {kind}{number}" for kind in ("f", "t")]
-    lines += _chain(number, epoch, policy, out=True) + _chain(number, epoch, policy, out=False)
+    for chain in (f"f{number}", f"t{number}"):
+        rules = _rules(epoch, policy, out=chain.startswith("f"))
+        lines += [f"add rule {TABLE} {chain} {rule}" for rule in rules]
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def _chain(number: int, epoch: int, policy: Compiled, *, out: bool) -> list[str]:
-    chain, (address, port) = ("f", ("ip daddr", "th dport")) if out else ("t", ("ip saddr", "th sport"))
-    counter = f"counter name {'out' if out else 'in'}{number}"
-    accept = f"ct mark set {epoch} {counter} accept"
-    refuse = f"goto x{number}" if out else f"goto y{number}"
-    rules = [f"ct mark {epoch} {counter} accept"]
+def _rules(epoch: int, policy: Compiled, *, out: bool) -> list[str]:
+    address, port, refuse = ("ip daddr", "th dport", "goto x") if out else ("ip saddr", "th sport", "goto y")
+    count = "iifname @sent" if out else "oifname @received"
+    accept = f"ct mark set {epoch} {count} accept"
+    rules = [f"ct mark {epoch} {count} accept"]
     if out:
         rules += [
-            'oifname != "wan" ' + refuse,  # another sandbox
+            f'oifname != "wan" {refuse}',  # another sandbox
             f"ct state new add @conns {{ ip saddr ct count over {CONNECTIONS} }} {refuse}",
         ]
     else:
         rules += ["ct state != established drop"]
+    for kind, verdict in (("deny", refuse), ("allow", accept)):
+        # The ranges of one set may not overlap: a network within another goes with it.
+        found = [f"{cidr} . {port or '0-65535'}" for cidr, port in _disjoint(policy.cidrs(kind))]
+        if found:
+            rules.append(f"{address} . {port} {{ {', '.join(found)} }} {verdict}")
     rules += [
-        f"{address} . {port} @d{number} {refuse}",
-        f"{address} . {port} @c{number} {accept}",
         f"{address} @protected {refuse}",
         f"{port} {{ {DNS_PORT}, 853 }} {refuse}",  # names are asked at the gateway
-        f"{address} . {port} @n{number} {accept}",
-        f"{address} @a{number} {accept}",
+        f"meta mark set {epoch}",
+        f"meta mark . {address} . {port} @ports {accept}",
+        f"meta mark . {address} @names {accept}",
     ]
     ports = policy.ports("*") if any(rule.name == "*" for rule in policy.allow) else ()
     for allowed in ports:
         rules.append(accept if allowed is None else f"{port} {allowed} {accept}")
     rules += [
-        f"ct state established {address} . {port} @on{number} {accept}",
-        f"ct state established {address} @oa{number} {accept}",
+        f"ct state established meta mark . {address} . {port} @oldports {accept}",
+        f"ct state established meta mark . {address} @old {accept}",
         refuse,
     ]
-    return [f"add rule {TABLE} {chain}{number} {rule}" for rule in rules]
+    return rules
 
 
 def _disjoint(rules: Sequence[tuple[IPv4Network, int | None]]) -> list[tuple[IPv4Network, int | None]]:
@@ -240,27 +252,20 @@ def _disjoint(rules: Sequence[tuple[IPv4Network, int | None]]) -> list[tuple[IPv
     return kept
 
 
-def _element(any_port: str, with_port: str, address: str, ports: Ports, option: str = "") -> str:
+def _element(any_port: str, with_port: str, epoch: int, address: str, ports: Ports, seconds: int) -> str:
+    """Adds an address for so long. An element's time cannot be changed by adding it again: it is added (or was there),
+    deleted, and added."""
     if not ports:
         return ""
-    if ports == (None,):
-        return f"add element {TABLE} {any_port} {{ {address}{option} }}"
-    return (
-        f"add element {TABLE} {with_port} {{ {', '.join(f'{address} . {port}{option}' for port in ports)} }}"
-    )
+    keys = [f"{epoch} . {address}" + (f" . {port}" if port else "") for port in ports]
+    name = any_port if ports == (None,) else with_port
+    add = f"add element {TABLE} {name} {{ {', '.join(f'{key} timeout {seconds}s' for key in keys)} }}"
+    return f"{add}\ndelete element {TABLE} {name} {{ {', '.join(keys)} }}\n{add}"
 
 
-def add_addresses(number: int, addresses: Iterable[str], ports: Ports, seconds: int) -> str:
-    """Opens the addresses of a name for so long; one that is there already gets the new time.
-
-    An element's time cannot be changed by adding it again: it is added (or was there), deleted, and added.
-    """
-    lines = []
-    for address in addresses:
-        add = _element(f"a{number}", f"n{number}", address, ports, f" timeout {seconds}s")
-        delete = _element(f"a{number}", f"n{number}", address, ports).replace("add ", "delete ", 1)
-        lines += [add, delete, add]
-    return "\n".join(lines)
+def add_addresses(epoch: int, addresses: Iterable[str], ports: Ports, seconds: int) -> str:
+    """Opens the addresses of a name to the sandbox with this policy; one that is open already gets the new time."""
+    return "\n".join(_element("names", "ports", epoch, address, ports, seconds) for address in addresses)
 
 
 def host_rules(number: int, interface: str, router: str) -> str:
@@ -304,17 +309,30 @@ table ip machine {{
 """
 
 
-def refused(objects: Sequence[dict[str, Any]]) -> list[tuple[str, str, int, int, float]]:
-    """(address, protocol, port, packets, seconds since the last) of each element of an `r` set."""
+def refused(objects: Sequence[dict[str, Any]], interface: str) -> list[tuple[str, str, int, int, float]]:
+    """(address, protocol, port, packets, seconds since the last) of a sandbox's elements of the set `refused`."""
     found = []
-    for item in objects:
-        for element in item.get("set", {}).get("elem", []):
-            inner = element.get("elem", element)
-            address, protocol, port = inner["val"]["concat"]
-            packets = inner.get("counter", {}).get("packets", 1)
-            age = max(0.0, REFUSED_S - float(inner.get("expires", REFUSED_S)))
+    for element in _elements(objects):
+        name, address, protocol, port = element["val"]["concat"]
+        if name == interface:
+            packets = element.get("counter", {}).get("packets", 1)
+            age = max(0.0, REFUSED_S - float(element.get("expires", REFUSED_S)))
             found.append((str(address), str(protocol), int(port), int(packets), age))
     return found
+
+
+def counted(objects: Sequence[dict[str, Any]], interface: str) -> tuple[int, int]:
+    """(packets, bytes) of a sandbox in one of the sets `sent`, `received`, `stopped`."""
+    for element in _elements(objects):
+        if element.get("val") == interface:
+            return int(element["counter"]["packets"]), int(element["counter"]["bytes"])
+    return 0, 0
+
+
+def _elements(objects: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for item in objects:
+        for element in item.get("set", {}).get("elem", []):
+            yield element.get("elem", {}) if isinstance(element, dict) else {}
 
 
 def _join(networks: Iterable[IPv4Network]) -> str:

@@ -53,7 +53,9 @@ def parse_rule(text: object, *, where: str = "network") -> Rule:
     if not isinstance(text, str) or not text:
         raise InvalidRequest(f"{where}: {text!r} is not a rule: a host name, '*.name', an IPv4 CIDR or '*'")
     if "://" in text:
-        raise InvalidRequest(f"{where}: {text!r} is a URL; a rule is its host's name, with ':port' or without")
+        raise InvalidRequest(
+            f"{where}: {text!r} is a URL; a rule is its host's name, with ':port' or without"
+        )
     target, colon, port_text = text.strip().lower().rpartition(":")
     if not colon:
         target, port_text = port_text, ""
