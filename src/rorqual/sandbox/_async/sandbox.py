@@ -335,6 +335,7 @@ class AsyncSandbox:
             notes=tuple(record["notes"]),
             oom_kills=cgroups.OomCounter(cgroup).read,
             patience=record.get("patience", 20.0),
+            own_kernel=record.get("own_kernel", False),
         )
         log = open_log(Path(record["trajectory"]))
         try:
@@ -351,6 +352,29 @@ class AsyncSandbox:
 
             return await _remote.live(place)
         return _live(StateDir.from_environment())
+
+    @classmethod
+    async def logged(
+        cls, sandbox_id: str, *, after: int = 0, edge: str | None = None, token: str | None = None
+    ) -> builtins.list[TrajectoryEntry]:
+        """The trajectory of a sandbox of this host or of an edge, alive or over, without touching it.
+
+        Raises:
+            SandboxNotFound: nothing of it is in the log.
+        """
+        if (place := edge_place(edge, token)) is not None:
+            from rorqual.sandbox import _remote
+
+            return await _remote.logged(place, sandbox_id, after=after)
+        state = StateDir.from_environment()
+        record = _record(state, sandbox_id)
+        path = Path(record["trajectory"]) if record is not None else state.trajectory
+        entries: builtins.list[TrajectoryEntry] = []
+        if path.is_file():
+            entries = await asyncio.to_thread(open_log(path).read, sandbox_id, after=after)
+        if not entries and not after:
+            raise SandboxNotFound(sandbox_id)
+        return entries
 
     @property
     def id(self) -> str:
@@ -540,6 +564,30 @@ class AsyncSandbox:
             await self._ready("pause")
             await self._session.resume(by="resume()")
 
+    async def set_memory(self, memory_mb: int) -> int:
+        """Has a machine give memory back to the host, or lets it have it again, up to what it was created with.
+
+        Returns the MiB it has when it has given what it could within 10 s. memory_mb: 16 or more.
+        Raises:
+            Unsupported: not a machine with a balloon. InvalidRequest: more than it was created with.
+        """
+        record = await self._ready("balloon")
+        kind = substrate(record["substrate"])
+        seq = await self._session.log.begin(
+            sandbox=self.id, kind="set_memory", request={"memory_mb": memory_mb}
+        )
+        result: dict[str, Any] = {"error": "abandoned"}
+        try:
+            await self._session.awake()
+            have: int = await kind.set_memory(record, memory_mb)
+            result = {"memory_mb": have}
+        except SandboxError as error:
+            result = {"error": str(error)}
+            raise
+        finally:
+            self._session.log.finish(sandbox=self.id, seq=seq, result=result)
+        return have
+
     async def snapshot(self, *, bounds: Bounds = _BOUNDS) -> Snapshot:
         """It as it is now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
 
@@ -565,14 +613,14 @@ class AsyncSandbox:
         return await self._take("commit", name=name, bounds=bounds)
 
     async def fork(
-        self, *, count: int = 1, timeout: float | None = None, bounds: Bounds = _BOUNDS
+        self, *, count: int = 1, timeout: float | None = None, keep: bool = False, bounds: Bounds = _BOUNDS
     ) -> builtins.list[AsyncSandbox]:
         """`count` new sandboxes with the files of this one, which runs on; all or none.
 
         Of containers no process and no memory is carried over; of machines both, with entropy, identity and clock of
         each child's own, and one copy of the memory until they write. They get this one's limits, variables and mounts,
         an id, a host name and a trajectory of their own, and share one copy of the files until they write.
-        timeout: their lifetime from now, in seconds; None: what this one was created with.
+        timeout: their lifetime from now, in seconds; None: what this one was created with. keep: as `create`.
 
         Raises:
             Unsupported, ImageRejected: as `snapshot`. LaunchFailed: one did not start; none is left.
@@ -580,11 +628,12 @@ class AsyncSandbox:
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_FORK:
             raise InvalidRequest(f"count: {count!r} must be a whole number from 1 to {MAX_FORK}")
         if (known := self._known("fork", {"count": count})) is not None:
-            return [await self.attach(child) for child in known["children"]]
+            return [await self.attach(child, edge="local") for child in known["children"]]
         record = await self._ready("fork")
         session = self._session
         spec = SandboxSpec(
-            **record["spec"] | {"mounts": parse_mounts(record["spec"]["mounts"]), "keep": self._keeps_forks}
+            **record["spec"]
+            | {"mounts": parse_mounts(record["spec"]["mounts"]), "keep": keep or self._keeps_forks}
         )
         if timeout is not None:
             spec = replace(spec, timeout=timeout)
@@ -669,7 +718,10 @@ class AsyncSandbox:
         names = kind.capabilities()
         if capability in ("snapshot", "fork"):
             capability = f"{kind.snapshots}_{capability}"
-        if capability not in names or not (record["cgroup"] or capability.startswith("memory")):
+        if capability == "balloon" and capability not in names:
+            reason = f"a {record['substrate']} has no balloon"
+            raise Unsupported("set_memory()", reason=reason, available=["substrate='microvm'"])
+        if capability not in names or not (record["cgroup"] or capability.startswith(("memory", "balloon"))):
             raise Unsupported(
                 capability,
                 reason="it needs a freezer cgroup, and this sandbox has none (rootless, or cgroups not writable)",
@@ -793,7 +845,10 @@ async def _connect(launched: Launched, log: Log, *, kill_on_failure: bool = True
         if isinstance(error, GuestError | OSError | TimeoutError):
             raise LaunchFailed(launched.sandbox_id, stage="agent", detail=detail) from error
         raise
-    return Session(launched=launched, guest=guest, log=log, envs=launched.envs)
+    session = Session(launched=launched, guest=guest, log=log, envs=launched.envs)
+    if launched.own_kernel:  # what it has counted so far was not ours
+        await session.oom_happened()
+    return session
 
 
 async def _reach(launched: Launched) -> GuestClient:

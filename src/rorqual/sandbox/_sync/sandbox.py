@@ -214,6 +214,17 @@ class Sandbox:
         """Every live sandbox of this host and user, or of an edge (see `create`), oldest first."""
         return run(AsyncSandbox.list(edge=edge, token=token))
 
+    @classmethod
+    def logged(
+        cls, sandbox_id: str, *, after: int = 0, edge: str | None = None, token: str | None = None
+    ) -> builtins.list[TrajectoryEntry]:
+        """The trajectory of a sandbox of this host or of an edge, alive or over, without touching it.
+
+        Raises:
+            SandboxNotFound: nothing of it is in the log.
+        """
+        return run(AsyncSandbox.logged(sandbox_id, after=after, edge=edge, token=token))
+
     @property
     def id(self) -> str:
         """'sb-<edge>-<12 hex digits>'."""
@@ -320,6 +331,15 @@ class Sandbox:
         """Lets a paused sandbox go on. Needed only for what runs inside: every call resumes it by itself."""
         run(self._inner.resume())
 
+    def set_memory(self, memory_mb: int) -> int:
+        """Has a machine give memory back to the host, or lets it have it again, up to what it was created with.
+
+        Returns the MiB it has when it has given what it could within 10 s. memory_mb: 16 or more.
+        Raises:
+            Unsupported: not a machine with a balloon. InvalidRequest: more than it was created with.
+        """
+        return run(self._inner.set_memory(memory_mb))
+
     def snapshot(self, *, bounds: Bounds = _BOUNDS) -> Snapshot:
         """It as it is now, as an image `snap-<12 hex digits>`; `create(image=...)` starts from it.
 
@@ -343,19 +363,22 @@ class Sandbox:
         return run(self._inner.commit(name, bounds=bounds))
 
     def fork(
-        self, *, count: int = 1, timeout: float | None = None, bounds: Bounds = _BOUNDS
+        self, *, count: int = 1, timeout: float | None = None, keep: bool = False, bounds: Bounds = _BOUNDS
     ) -> builtins.list[Sandbox]:
         """`count` new sandboxes with the files of this one, which runs on; all or none.
 
         Of containers no process and no memory is carried over; of machines both, with entropy, identity and clock of
         each child's own, and one copy of the memory until they write. They get this one's limits, variables and mounts,
         an id, a host name and a trajectory of their own, and share one copy of the files until they write.
-        timeout: their lifetime from now, in seconds; None: what this one was created with.
+        timeout: their lifetime from now, in seconds; None: what this one was created with. keep: as `create`.
 
         Raises:
             Unsupported, ImageRejected: as `snapshot`. LaunchFailed: one did not start; none is left.
         """
-        return [Sandbox(item) for item in run(self._inner.fork(count=count, timeout=timeout, bounds=bounds))]
+        return [
+            Sandbox(item)
+            for item in run(self._inner.fork(count=count, timeout=timeout, keep=keep, bounds=bounds))
+        ]
 
     def __enter__(self) -> Sandbox:
         return self
