@@ -92,6 +92,7 @@ REPEATED = [
     "\n\n<",
     "<<｜",
 ]
+LEADS = ("", "</think>", f'\n\n<{D}tool_calls>\n<{D}invoke name="bash">\n')
 LONG = 200_000
 MAX_NS_A_CHARACTER = 20_000
 """Far above what an honest text costs (30 ns), far below what quadratic work would at LONG characters."""
@@ -138,15 +139,12 @@ def check(text: str, pieces: Sequence[str], **options: Any) -> None:
             assert marker not in message.content + message.reasoning_content, f"{marker} leaked"
 
 
-def check_long(chance: random.Random) -> None:
-    unit = chance.choice(REPEATED)
-    text = chance.choice(("", "</think>", f'\n\n<{D}tool_calls>\n<{D}invoke name="bash">\n')) + unit * (
-        LONG // len(unit)
-    )
+def check_long(chance: random.Random, unit: str, lead: str, *, size: int = LONG) -> None:
+    text = lead + unit * (size // len(unit))
     begun = time.process_time()
     read(cut(chance, text) if chance.random() < 0.5 else [text], tools=TOOLS)
     spent = (time.process_time() - begun) / len(text) * 1e9
-    assert spent < MAX_NS_A_CHARACTER, f"{spent:.0f} ns a character of {unit!r} repeated"
+    assert spent < MAX_NS_A_CHARACTER, f"{spent:.0f} ns a character of {unit!r} repeated behind {lead!r}"
 
 
 def run(seconds: float, *, seed: int) -> int:
@@ -164,7 +162,7 @@ def run(seconds: float, *, seed: int) -> int:
         try:
             check(text, pieces, **options)
             if count % 20_000 == 19_999:
-                check_long(chance)
+                check_long(chance, chance.choice(REPEATED), chance.choice(LEADS))
         except Exception as error:
             error.add_note(f"input {seed}/{count}: {text!r}\ncut: {pieces!r}\noptions: {options}")
             raise

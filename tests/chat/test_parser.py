@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts import fuzz_parser
 
 from rorqual.chat import (
     ChatError,
@@ -394,6 +395,11 @@ def test_ten_thousand_hostile_texts(seed):
 
 
 def test_a_few_seconds_of_the_fuzzer():
-    from scripts.fuzz_parser import run
+    assert fuzz_parser.run(3.0, seed=random.randrange(1 << 32)) > 100
 
-    assert run(3.0, seed=random.randrange(1 << 32)) > 100
+
+@pytest.mark.parametrize("lead", fuzz_parser.LEADS)
+@pytest.mark.parametrize("unit", fuzz_parser.REPEATED)
+def test_work_is_linear_in_a_hostile_repetition(unit, lead):
+    for seed in (1, 2):  # cut, and whole
+        fuzz_parser.check_long(random.Random(seed), unit, lead, size=60_000)

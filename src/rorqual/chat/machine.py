@@ -84,6 +84,8 @@ class Machine:
         self._calls = CallWriter(schemas, options, marks, emit, new_id)
         self._dialect, self._exact = V4, True
         self._buf, self._pos = "", 0
+        self._next_mark = -1
+        """Where the next mark is in the buffer; its length: nowhere. Before `_pos`: not known."""
         self._state = "R" if reasoning else "C"
         self._channel: EventKind = "reasoning" if reasoning else "content"
         self._last = ""  # last character emitted in this channel
@@ -109,7 +111,7 @@ class Machine:
     def feed(self, marked: str) -> None:
         """Takes the next piece."""
         self._buf = self._buf[self._pos :] + marked if self._pos < len(self._buf) else marked
-        self._pos = 0
+        self._pos, self._next_mark = 0, -1
         while self._pos < len(self._buf) and self._handlers[self._state]():
             pass
 
@@ -175,11 +177,13 @@ class Machine:
         if self._aliases and buf[i] == "<" and self._last in ("", "\n"):
             at = i
         else:
-            match = _PROSE_STOP.search(buf, i)
-            at = match.start() if match else len(buf)
+            if self._next_mark < i:  # looked for once, however many lines begin with `<` before it
+                match = _PROSE_STOP.search(buf, i)
+                self._next_mark = match.start() if match else len(buf)
+            at = self._next_mark
             if self._aliases and (line := buf.find("\n<", max(i - 1, 0), at)) >= 0:
                 at = line + 1
-            elif match is None:
+            elif at == len(buf):
                 return self._prose_to(len(buf) - self._separator(buf, i, len(buf)))
         mark = buf[at]
         if mark == "<":  # at a line start: a tag without marker, or the lead of one with it
