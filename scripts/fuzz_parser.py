@@ -94,7 +94,7 @@ REPEATED = [
 ]
 LEADS = ("", "</think>", f'\n\n<{D}tool_calls>\n<{D}invoke name="bash">\n')
 LONG = 200_000
-MAX_NS_A_CHARACTER = 20_000
+MAX_NS_A_CHARACTER = 12_000
 """Far above what an honest text costs (30 ns), far below what quadratic work would at LONG characters."""
 
 
