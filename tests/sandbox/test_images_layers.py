@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from rorqual.sandbox import AsyncSandbox, ImageError, InvalidRequest, LaunchFailed, Sandbox
+from rorqual.sandbox import AsyncSandbox, HostUnfit, ImageError, InvalidRequest, LaunchFailed, Sandbox
 from rorqual.sandbox.images import (
     fetched,
     holder_directory,
@@ -29,7 +29,9 @@ from rorqual.sandbox.images import (
     publish_trace,
     remote,
     remove_image,
+    root_file_system,
 )
+from rorqual.sandbox.images import layers as layers_module
 from rorqual.sandbox.images.erofs import layers_directory
 from rorqual.sandbox.images.layers import remove_unused, usable
 from rorqual.sandbox.loader import client
@@ -217,6 +219,35 @@ async def test_an_image_whose_layer_is_gone_says_so(runtime: str, state: StateDi
     with pytest.raises(ImageError, match="lacks its layer"):
         await AsyncSandbox.create(layers=["broken"])
     remove_image("broken")
+
+
+async def test_a_layer_file_that_is_damaged_is_one_clear_line(
+    runtime: str, state: StateDir, tmp_path: Path
+) -> None:
+    import_directory(tree(tmp_path / "a", {"f": "damaged"}), name="damaged", at="/opt/d")
+    (name,) = json.loads((state.images / "damaged/image.json").read_text())["layers"]
+    path = layers_directory(state) / name
+    for data in (b"", bytes(5000), path.read_bytes()[:1100], random.Random(1).randbytes(8192)):
+        path.unlink()
+        path.write_bytes(data)
+        with pytest.raises(HostUnfit, match=r"its layers cannot be mounted: .*mount erofs"):
+            await AsyncSandbox.create(layers=["damaged"])
+    remove_image("damaged")
+
+
+def test_without_root_or_tools_images_are_plain_directories_that_say_so(
+    state: StateDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers_module, "probe", lambda: (False, "no mkfs.erofs here", ""))
+    import_directory(tree(tmp_path / "a", {"f": "1"}), name="flat", at="/opt/flat")
+    root = root_file_system("flat", state=state)
+    assert (Path(root.overlays[0][1][0]) / "opt/flat/f").read_text() == "1"
+    assert any("plain directory: no mkfs.erofs here" in note for note in root.notes)
+    with pytest.raises(HostUnfit, match="remote layers need EROFS"):
+        remote(str(tmp_path), "x")
+    with Sandbox.create(layers=["flat"]) as sb:
+        assert sb.commands.run("cat /opt/flat/f").stdout == "1"
+    remove_image("flat")
 
 
 # -- remote

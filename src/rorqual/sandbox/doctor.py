@@ -20,6 +20,7 @@ from rorqual.sandbox import _portal, host
 from rorqual.sandbox._async.sandbox import AsyncSandbox
 from rorqual.sandbox.errors import SandboxError
 from rorqual.sandbox.images.base import python_home
+from rorqual.sandbox.images.layers import probe
 from rorqual.sandbox.records import Check
 
 _NO_KVM = "the microVM substrate will run under emulation (QEMU's TCG)"
@@ -27,7 +28,7 @@ _NO_KVM = "the microVM substrate will run under emulation (QEMU's TCG)"
 
 def doctor() -> list[Check]:
     """Every check, in the order in which they build on each other. Takes a few seconds."""
-    checks = [_user_namespaces(), _overlay()]
+    checks = [_user_namespaces(), _overlay(), _layers()]
     checks += [_runtime(name) for name in host.RUNTIMES]
     if any(check.ok for check in checks[-len(host.RUNTIMES) :]):
         checks += _portal.run(_limits())
@@ -39,6 +40,7 @@ def doctor() -> list[Check]:
     ]
     checks += [
         _program("mmdebstrap", "mmdebstrap", "mmdebstrap"),
+        _program("skopeo", "skopeo", "skopeo"),
         _program("newuidmap", "newuidmap", "uidmap"),
     ]
     return checks
@@ -101,6 +103,11 @@ assert os.path.exists("/mnt/u/probe") and os.path.exists("/mnt/m/bin")
         why="a file was written over /usr in a private namespace" if ok else f"it does not mount: {words}",
         fix="" if ok else "modprobe overlay",
     )
+
+
+def _layers() -> Check:
+    ok, why, fix = probe()
+    return Check(name="EROFS layers", ok=ok, why=why, fix=fix)
 
 
 def _runtime(name: str) -> Check:

@@ -10,6 +10,7 @@ disk. Owns the call of mkfs.erofs and the names of the files; keeper/erofs.py mo
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -24,7 +25,16 @@ from rorqual.sandbox.host import find_program
 from rorqual.sandbox.keeper.erofs import mount_erofs
 from rorqual.sandbox.state import StateDir
 
-__all__ = ["SUFFIX", "digest_of", "layer_image", "layers_directory", "make_image", "mount_erofs"]
+__all__ = [
+    "SUFFIX",
+    "digest_of",
+    "kept",
+    "layer_image",
+    "layers_directory",
+    "make_image",
+    "mount_erofs",
+    "run_mkfs",
+]
 
 SUFFIX = ".erofs"
 _MAGIC = 0xE0F5E1E2
@@ -39,6 +49,17 @@ def layers_directory(state: StateDir) -> Path:
     place = state.root / "layers"
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     return place
+
+
+@contextlib.contextmanager
+def kept(state: StateDir) -> Iterator[None]:
+    """While an image is built: nobody removes layers that no image names yet (layers.remove_unused)."""
+    fd = os.open(layers_directory(state) / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(fd)
 
 
 def layer_image(directory: str | Path, *, state: StateDir) -> Path:
@@ -58,10 +79,11 @@ def layer_image(directory: str | Path, *, state: StateDir) -> Path:
         name = os.readlink(known)
         if _NAME.fullmatch(name) and (place / (name + SUFFIX)).is_file():
             return place / (name + SUFFIX)
-    image = make_image(directory, state=state)
-    temporary = f"{known}.{os.getpid()}-{os.urandom(4).hex()}"
-    os.symlink(image.name.removesuffix(SUFFIX), temporary)
-    os.rename(temporary, known)
+    with kept(state):
+        image = make_image(directory, state=state)
+        temporary = f"{known}.{os.getpid()}-{os.urandom(4).hex()}"
+        os.symlink(image.name.removesuffix(SUFFIX), temporary)
+        os.rename(temporary, known)
     return image
 
 

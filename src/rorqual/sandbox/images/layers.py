@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,12 +25,30 @@ from typing import Any, TypeVar
 from rorqual.sandbox.errors import HostUnfit, ImageError, InvalidRequest
 from rorqual.sandbox.host import find_program
 from rorqual.sandbox.images.base import RootFs
-from rorqual.sandbox.images.erofs import layers_directory, make_image
+from rorqual.sandbox.images.erofs import kept, layers_directory, make_image, mount_erofs, run_mkfs
 from rorqual.sandbox.keeper import linux
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.loader import client
 from rorqual.sandbox.loader.events import read_events
 from rorqual.sandbox.state import StateDir
+
+__all__ = [
+    "NAME",
+    "holder_directory",
+    "in_private_mounts",
+    "is_layer",
+    "kept",
+    "layer_events",
+    "mount_lowers",
+    "names_of",
+    "of_record",
+    "prepare",
+    "probe",
+    "remove_unused",
+    "seal",
+    "stack",
+    "usable",
+]
 
 NAME = re.compile(r"[0-9a-f]{64}\.(erofs|lazy)")
 _CACHED_DAYS = 30
@@ -69,13 +89,37 @@ def prepare(root: RootFs, *, state: StateDir) -> None:
 
 def usable() -> bool:
     """Whether this user can make and mount EROFS layers here; else images stay plain directories."""
-    if os.geteuid() != 0 or find_program("mkfs.erofs") is None:
-        return False
-    with contextlib.suppress(OSError):
-        if "erofs\n" in Path("/proc/filesystems").read_text(encoding="ascii"):
-            return True
-    release = os.uname().release
-    return any(Path(f"/lib/modules/{release}/kernel/fs/erofs").glob("erofs.ko*"))
+    return probe()[0]
+
+
+@functools.cache
+def probe() -> tuple[bool, str, str]:
+    """(whether a layer was made and mounted, how or why not, the command that would change it). Tried once."""
+    if os.geteuid() != 0:
+        return (
+            False,
+            "only root may mount EROFS: images are plain directories, and remote layers have none",
+            "",
+        )
+    if find_program("mkfs.erofs") is None:
+        return False, "mkfs.erofs is not in PATH: images are plain directories", "apt-get install erofs-utils"
+    with tempfile.TemporaryDirectory(prefix="rorqual-probe-") as place:
+        for name in ("tree", "target"):
+            os.mkdir(f"{place}/{name}")
+        try:
+            run_mkfs(Path(place, "tree"), f"{place}/image")
+            how = in_private_mounts(lambda: mount_erofs(f"{place}/image", f"{place}/target"))
+        except (OSError, ImageError) as error:
+            return (
+                False,
+                f"no EROFS image mounts here, so images are plain directories: {error}",
+                "modprobe erofs",
+            )
+    ways = {
+        "file": "straight from its file",
+        "loop": "over a loop device, since this kernel is older than 6.12",
+    }
+    return True, f"a layer was made and mounted {ways[how]}", ""
 
 
 def in_private_mounts(work: Callable[[], T]) -> T:
@@ -167,17 +211,6 @@ def _inside(lower: str, sub: str) -> str | None:
 
 # -- keeping and removing
 # ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def kept(state: StateDir) -> Iterator[None]:
-    """While an image is built: nobody removes layers that no image names yet."""
-    fd = os.open(layers_directory(state) / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(fd)
 
 
 def seal(directory: Path, *, state: StateDir) -> list[str]:

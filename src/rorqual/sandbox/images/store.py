@@ -151,4 +151,7 @@ def _root(name: str, *, state: StateDir) -> RootFs:
         return snapshots.on_top(name, place, record, parent)
     if "layers" in record:
         return RootFs(overlays=(("/", stacks.of_record(name, record, state=state)),), envs=record["envs"])
-    return RootFs(overlays=(("/", (str(place / "rootfs"),)),), envs=record["envs"])
+    note = "this image is a plain directory: " + (
+        stacks.probe()[1] if not stacks.usable() else "it was imported where no layers could be mounted"
+    )
+    return RootFs(overlays=(("/", (str(place / "rootfs"),)),), envs=record["envs"], notes=(note,))
