@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rorqual.sandbox.images.base import RootFs
 from rorqual.sandbox.images.debian import build_debian
+from rorqual.sandbox.images.debian_disk import DiskImage, build_debian_disk, disks, remove_disk
 from rorqual.sandbox.images.directory import import_directory
 from rorqual.sandbox.images.layers import holder_directory, layer_events, prepare
 from rorqual.sandbox.images.oci import import_oci
@@ -15,10 +16,13 @@ from rorqual.sandbox.images.unpack import Bounds
 
 __all__ = [
     "Bounds",
+    "DiskImage",
     "Fetched",
     "ImageInfo",
     "RootFs",
     "build_debian",
+    "build_debian_disk",
+    "disks",
     "fetch",
     "fetched",
     "holder_directory",
@@ -31,6 +35,7 @@ __all__ = [
     "publish",
     "publish_trace",
     "remote",
+    "remove_disk",
     "remove_image",
     "root_file_system",
 ]

@@ -35,12 +35,13 @@ from rorqual.sandbox.machines import boot_disk
 from rorqual.sandbox.machines.agent_service import agent_files
 from rorqual.sandbox.state import cache_dir
 
-VERSION = 1
+VERSION = 2
 KERNEL = "linux-image-cloud-amd64"
 """Debian's kernel for virtual machines. For USB devices and sound take linux-image-amd64 (70 MB more)."""
 BASIC = ("systemd-sysv", "udev", "dbus", "kmod", "iproute2", "zstd")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-_COMMAND_LINE = "console=tty0 console=ttyS0,115200 quiet"
+_COMMAND_LINE = "console=tty0 console=ttyS0,115200 quiet fsck.mode=skip"
+# No check of the file system: a machine writes to an overlay that nobody mounts a second time.
 Progress = Callable[[str], None]
 
 
@@ -329,6 +330,7 @@ def _settings(root_uuid: str) -> dict[str, tuple[int, bytes]]:
     files = {name: (0o644, text.encode()) for name, text in texts.items()}
     # Work that a machine of minutes never profits from, and that costs an emulated one seconds of its start.
     off = ("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
-           "e2scrub_reap.service", "fstrim.timer")  # fmt: skip
+           "e2scrub_reap.service", "fstrim.timer", "modprobe@loop.service", "modprobe@dm_mod.service",
+           "modprobe@drm.service", "sys-kernel-debug.mount", "sys-kernel-tracing.mount")  # fmt: skip
     files |= {f"etc/systemd/system/{name}": (0, b"/dev/null") for name in off}
     return files

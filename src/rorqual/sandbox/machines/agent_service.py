@@ -6,8 +6,6 @@ unit when a virtio-serial port of ours appears. So an image with the agent runs 
 
 from __future__ import annotations
 
-from rorqual.sandbox.substrates.container import guest_binary
-
 PORT = "org.rorqual.agent.%d"
 """Names of the ports, from 0 on (native/guest/ports.c)."""
 PORTS = 8
@@ -44,6 +42,9 @@ def agent_files() -> dict[str, tuple[int, bytes]]:
     Raises:
         HostUnfit: the agent is not built.
     """
+    # Here, because its room imports the images', which import us.
+    from rorqual.sandbox.substrates.container import guest_binary
+
     return {
         BINARY: (0o755, guest_binary().read_bytes()),
         UNIT: (0o644, _UNIT.encode()),

@@ -42,6 +42,9 @@ class NoGuest(GuestClient):
     async def _call(self, kind: Any, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("commands, files and pty")
 
+    def _expect(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("commands, files and pty")
+
     def _refuse(self, what: str) -> NoReturn:
         raise Unsupported(what, reason=self._reason, available=["screen", "keyboard"])
 

@@ -86,7 +86,7 @@ def inspect(path: Path, *, deep: bool = True) -> Disk:
     if head.startswith(_QCOW2):
         virtual = _qcow2(head, size, source=str(path))
         if deep:
-            _check(real, size, source=str(path))
+            _check(real, size, cluster=1 << struct.unpack_from(">I", head, 20)[0], source=str(path))
         return Disk(path=real, format="qcow2", virtual_bytes=virtual, file_bytes=size)
     for magic, foreign in _FOREIGN:
         if head.startswith(magic):
@@ -176,7 +176,7 @@ def _extensions(head: bytes, at: int, end: int, *, source: str) -> None:
     # No end mark: version 2 headers may stop at the cluster's end.
 
 
-def _check(path: Path, size: int, *, source: str) -> None:
+def _check(path: Path, size: int, *, cluster: int, source: str) -> None:
     words = _run(["check", "-U", "-f", "qcow2", "--output=json", str(path)], source=source, codes=(0, 2, 3))
     try:
         report: dict[str, Any] = json.loads(words)
@@ -184,7 +184,7 @@ def _check(path: Path, size: int, *, source: str) -> None:
         end = int(report.get("image-end-offset", 0))
     except (ValueError, TypeError, AttributeError) as error:
         raise ImageRejected(source, f"qemu-img check gave no report: {words[:200]!r}") from error
-    if end > size:
+    if end > -(-size // cluster) * cluster:  # the last cluster of a table need not be there to its end
         raise ImageRejected(source, f"is cut off: clusters are in use up to byte {end} of {size}")
     if errors:
         raise ImageRejected(source, f"is corrupt: qemu-img check finds {errors} errors")

@@ -168,6 +168,8 @@ class Q35(Qemu):
                 await qmp.send_fd("state", fd)
                 await qmp.execute("migrate-incoming", {"uri": "fd:state"})
                 await qmp.wait_for_migration(deadline=_MIGRATION_S)
+                if not (await qmp.execute("query-status")).get("running"):  # it was stopped when it was taken
+                    await qmp.execute("cont")
         finally:
             os.close(fd)
 

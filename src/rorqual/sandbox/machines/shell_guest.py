@@ -352,6 +352,9 @@ class ShellGuest(GuestClient, abc.ABC):
     ) -> Any:
         self._refuse(kind.name.lower())
 
+    def _expect(self, kind: Any, read: Callable[..., Any], *, ident: int = 0) -> NoReturn:
+        self._refuse(kind.name.lower())
+
     def _refuse(self, what: str) -> NoReturn:
         raise Unsupported(
             what, reason=f"{_NO_PTY} ({self.channel})", available=["commands", "files", "screen"]
