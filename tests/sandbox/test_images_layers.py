@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -362,6 +363,55 @@ async def test_a_killed_holder_is_replaced_and_running_sandboxes_keep_their_loca
             for sb in (old, new):
                 assert (await sb.commands.run("python3 w/src/main.py")).stdout == "42\n"
         assert holder(state)["pid"] != pid
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"op": "trees", "layers": ["../../../etc"]}', "not the name of a layer"),
+        (b'{"op": "trees", "layers": ["/etc/passwd"]}', "not the name of a layer"),
+        (b'{"op": "trees", "layers": ["' + b"0" * 64 + b'.erofs"]}', "is not on this host"),
+        (b'{"op": "trees", "layers": "x"}', "at most 200 layers"),
+        (b'{"op": "trees", "layers": [' + b",".join([b'"x"'] * 201) + b"]}", "at most 200 layers"),
+        (b'{"op": "format"}', "unknown operation"),
+        (b'{"layers": []}', "op"),
+        (b"[]", "list indices"),
+        (b"nonsense", "Expecting value"),
+    ],
+)
+def test_a_holder_refuses_what_is_no_request_and_goes_on(
+    line: bytes, says: str, stacked: None, state: StateDir
+) -> None:
+    client.prepare(holder_directory(state), str(layers_directory(state)), [])
+    with client.connect(holder_directory(state)) as sock:
+        sock.sendall(line + b"\n")
+        assert says in sock.recv(1 << 16).decode()
+    with client.connect(holder_directory(state)) as sock, contextlib.suppress(OSError):
+        sock.sendall(b"x" * (1 << 20))
+        while sock.recv(1 << 16):  # it hangs up on a line without an end
+            pass
+    assert holder(state)["mounted"] is not None
+
+
+def test_clients_that_start_at_once_start_one_holder(tmp_path: Path) -> None:
+    place, layers = tmp_path / "run/layers", tmp_path / "layers"
+    layers.mkdir()
+    code = (
+        "import sys\n"
+        "from rorqual.sandbox.loader import client\n"
+        "client.prepare(sys.argv[1], sys.argv[2], [])\n"
+        "print(client.status(sys.argv[1])['pid'], flush=True); input()\n"
+    )
+    command = [sys.executable, "-c", code, str(place), str(layers)]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    pids = {process.stdout.readline().strip() for process in started if process.stdout is not None}
+    for process in started:
+        process.communicate("\n", timeout=30)
+    (pid,) = pids
+    os.unlink(place / "holder.sock")  # nobody can reach it any more: it ends without waiting
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_a_holder_outlives_its_client_and_ends_when_nobody_needs_it(tmp_path: Path, stacked: None) -> None:
