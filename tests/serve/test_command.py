@@ -68,6 +68,8 @@ def test_a_signal_ends_running_streams_with_an_error_event(model_dir, sig, code)
         (["--host", "0.0.0.0"], "--api-key-env", 2),
         (["--api-key-env", "NO_SUCH_KEY"], "NO_SUCH_KEY", 2),
         (["--cors-origin", "*"], "cors_origins", 2),
+        (["--kv-bytes", "2x"], "--kv-bytes 2x: expected bytes", 2),
+        (["--kv-window", "some"], "kv_window is 'some'", 2),
         (["--host", "203.0.113.7", "--api-key-env", "KEY"], "cannot listen on 203.0.113.7", 3),
     ],
 )
@@ -82,3 +84,25 @@ def test_a_missing_model_names_the_file(tmp_path):
     with start(tmp_path, "--port", 0) as process:
         assert process.wait(60) == 3
         assert "config.json is missing" in process.stderr.read()
+
+
+def test_a_killed_server_finds_the_conversation_again(model_dir, tmp_path):
+    options = ("--port", 0, "--kv-disk", tmp_path / "kv", "--unit-tokens", 128, "--kv-bytes", "64m")
+    body = {"model": "small", "messages": [{"role": "user", "content": "a whale " * 60}], "max_tokens": 4}
+    with start(model_dir, *options) as process:
+        url = url_of(process)
+        first = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
+        process.kill()
+    with start(model_dir, *options) as process:
+        url = url_of(process)
+        with start(model_dir, *options) as other:
+            assert other.wait(60) == 3 and "in use by another process" in other.stderr.read()
+        turn = {"role": "assistant", "content": "x"}
+        body["messages"] += [turn, {"role": "user", "content": "And now?"}]
+        again = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    cache = again["x_v4"]["cache"]
+    assert (
+        cache["tier"] == "disk" and cache["cached_tokens"] == first["usage"]["prompt_tokens"] // 128 * 128 > 0
+    )

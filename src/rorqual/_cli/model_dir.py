@@ -10,7 +10,7 @@ from rorqual._cli.exits import UNFIT, WRONG_USE, CliError
 
 if TYPE_CHECKING:
     from rorqual.chat import Tokenizer
-    from rorqual.engine import Engine
+    from rorqual.engine import Engine, StoreConfig
     from rorqual.engine.layout import CacheFormat
 
 __all__ = ["FILES", "check_model_dir", "open_model_dir"]
@@ -38,16 +38,25 @@ def check_model_dir(directory: Path) -> None:
 
 
 def open_model_dir(
-    directory: Path, *, kv_bytes: int = 2 << 30, cache_format: CacheFormat = "exact"
+    directory: Path,
+    *,
+    kv_bytes: int = 2 << 30,
+    cache_format: CacheFormat = "exact",
+    store: StoreConfig | None = None,
+    unit_tokens: int = 8192,
 ) -> tuple[Engine, Tokenizer]:
     """The model in an engine, with its tokenizer. Raises CliError naming what is missing or damaged."""
     check_model_dir(directory)
     from rorqual.chat import ChatError, Tokenizer
-    from rorqual.engine import Engine
+    from rorqual.engine import Engine, SequenceFileError
     from rorqual.model.errors import ModelError
 
     try:
-        engine = Engine(directory, kv_bytes=kv_bytes, cache_format=cache_format)
+        engine = Engine(
+            directory, kv_bytes=kv_bytes, cache_format=cache_format, store=store, unit_tokens=unit_tokens
+        )
         return engine, Tokenizer.from_file(directory)
+    except SequenceFileError as error:
+        raise CliError(f"the cache on disk cannot be used: {error}", code=UNFIT) from error
     except (ModelError, ChatError) as error:
         raise CliError(f"the model in {directory} cannot be loaded: {error}", code=UNFIT) from error

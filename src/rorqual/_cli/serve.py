@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import signal
 import sys
 from importlib import import_module
@@ -57,7 +58,25 @@ def serve(
     ] = False,
     max_running: Annotated[int, typer.Option(help="Requests in the engine at once.", min=1)] = 32,
     max_waiting: Annotated[int, typer.Option(help="Requests in the queue; more get 429.", min=1)] = 256,
-    kv_mb: Annotated[int, typer.Option(help="Cache of all running requests, in MiB.", min=1)] = 2048,
+    kv_bytes: Annotated[
+        str,
+        typer.Option(help="The cache: running requests and what they leave as prefixes; 512m, 2g or bytes."),
+    ] = "2g",
+    kv_disk: Annotated[
+        Path | None, typer.Option(help="Directory that keeps prefixes and conversations across restarts.")
+    ] = None,
+    kv_disk_bytes: Annotated[
+        str, typer.Option(help="Prefixes on disk; beyond it least recently used ones go.")
+    ] = "16g",
+    kv_disk_bytes_per_second: Annotated[
+        str | None, typer.Option(help="What may be written over time. Default: no bound.")
+    ] = None,
+    kv_window: Annotated[
+        str, typer.Option(help="What a restart finds beside the pages: full, periodic or zero.")
+    ] = "periodic",
+    unit_tokens: Annotated[
+        int, typer.Option(help="A long prompt is kept whenever it has passed a multiple of this.", min=128)
+    ] = 8192,
     cache_format: Annotated[
         str,
         typer.Option(
@@ -91,7 +110,16 @@ def serve(
             model_name=name,
             max_running=max_running,
             max_waiting=max_waiting,
-            kv_bytes=kv_mb << 20,
+            kv_bytes=_bytes(kv_bytes, "--kv-bytes"),
+            kv_disk=None if kv_disk is None else str(kv_disk),
+            kv_disk_bytes=_bytes(kv_disk_bytes, "--kv-disk-bytes"),
+            kv_disk_bytes_per_second=(
+                None
+                if kv_disk_bytes_per_second is None
+                else _bytes(kv_disk_bytes_per_second, "--kv-disk-bytes-per-second")
+            ),
+            kv_window=kv_window,  # type: ignore[arg-type]  # checked there
+            unit_tokens=unit_tokens,
             keep_alive_seconds=keep_alive_seconds,
             drain_seconds=drain_seconds,
             max_body_bytes=max_body_mb << 20,
@@ -111,11 +139,23 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{sock.getsockname()[1]}"
         server = Server(service, on_ready=lambda: _say(f"serving {name} at {url}/v1 (docs: {url}/docs)"))
-        server.run(sockets=[sock])
+        try:
+            server.run(sockets=[sock])
+        finally:
+            service.close()
+            service.engine.close()  # writes to disk what it still lacks
     if server.signal is None:
         raise CliError("the server ended by itself", code=1)
     _say("stopped")
     raise typer.Exit(INTERRUPTED if server.signal == signal.SIGINT else DONE)
+
+
+def _bytes(text: str, option: str) -> int:
+    """`2g`, `512m`, `64k` or a number of bytes."""
+    found = re.fullmatch(r"([0-9]+)([kmg]?)", text.strip().lower().removesuffix("ib").removesuffix("b"))
+    if found is None or not int(found[1]):
+        raise CliError(f"{option} {text}: expected bytes, as 2147483648, 512m or 2g", code=WRONG_USE)
+    return int(found[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[found[2]]
 
 
 def _say(text: str) -> None:
@@ -170,5 +210,11 @@ def open_service(directory: Path, config: ServeConfig, *, cache_format: CacheFor
     """The model of a directory, ready to be served. Raises CliError naming what is missing or damaged."""
     from rorqual.serve import Service
 
-    engine, tokenizer = open_model_dir(directory, kv_bytes=config.kv_bytes, cache_format=cache_format)
+    engine, tokenizer = open_model_dir(
+        directory,
+        kv_bytes=config.kv_bytes,
+        cache_format=cache_format,
+        store=config.store_config(),
+        unit_tokens=config.unit_tokens,
+    )
     return Service(engine, tokenizer, config)

@@ -261,7 +261,8 @@ class RecordFile:
     def close(self) -> None:
         """Closes the file. Views that were read stay valid. Idempotent."""
         if self._fd >= 0:
-            if self.writable:  # a view that somebody still holds keeps a twin of the descriptor, and so the lock
+            if self.writable:
+                # A view that somebody still holds keeps a twin of the descriptor, and so the lock.
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1

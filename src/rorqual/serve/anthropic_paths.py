@@ -10,7 +10,8 @@ from fastapi.responses import Response
 from rorqual.serve.anthropic import MessagesWriter, messages_conversation
 from rorqual.serve.anthropic_schemas import CountTokensRequest, MessagesRequest
 from rorqual.serve.errors import BadRequest
-from rorqual.serve.service import Sampling, Service, check_stops, tenant_of
+from rorqual.serve.service import SESSION_HEADER, Sampling, Service, check_stops, tenant_of
+from rorqual.serve.sessions import session_name
 from rorqual.serve.transport import ApiResponse
 
 __all__ = ["MESSAGES", "add_anthropic"]
@@ -28,6 +29,7 @@ def add_anthropic(app: FastAPI, service: Service) -> None:
         """Answers a conversation in Anthropic's protocol, whole or streamed."""
         _check(http, service, body)
         conversation = messages_conversation(body, service.replay, tenant_of(http))
+        user = (body.metadata or {}).get("user_id")
         display = getattr(body.thinking, "display", None)
         return await service.answer(
             http,
@@ -40,6 +42,7 @@ def add_anthropic(app: FastAPI, service: Service) -> None:
             ),
             writer=MessagesWriter(model=service.config.model_name, omit_thinking=display == "omitted"),
             stream=bool(body.stream),
+            session=session_name(http.headers.get(SESSION_HEADER), user if isinstance(user, str) else None),
         )
 
     @app.post(f"{MESSAGES}/count_tokens", response_class=ApiResponse)

@@ -21,7 +21,8 @@ from rorqual.serve.failures import add_error_handlers
 from rorqual.serve.guard import Guard
 from rorqual.serve.responses_paths import add_responses
 from rorqual.serve.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from rorqual.serve.service import Service
+from rorqual.serve.service import SESSION_HEADER, Service
+from rorqual.serve.sessions_paths import add_sessions
 from rorqual.serve.transport import ApiResponse
 
 __all__ = ["create_app"]
@@ -59,12 +60,14 @@ def create_app(service: Service) -> FastAPI:
                 "x-api-key",
                 "anthropic-version",
                 "anthropic-beta",
+                SESSION_HEADER,
             ],
         )
     add_error_handlers(app, service.metrics)
     _add_api(app, service)
     add_anthropic(app, service)
     add_responses(app, service)
+    add_sessions(app, service)
     _add_operations(app, service)
     return app
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
+
+from rorqual.engine import StoreConfig, WindowStrategy
 
 __all__ = ["ServeConfig", "key_digest"]
 
@@ -26,6 +29,16 @@ class ServeConfig:
     kv_bytes: int = 2 << 30
     """Cache of all running requests, as projected for their longest possible answers; what they do not use of it
     keeps prefixes. At most the engine's own."""
+    kv_disk: str | None = None
+    """Directory that keeps prefixes and conversations across restarts. None: nothing is written."""
+    kv_disk_bytes: int = 16 << 30
+    """Prefixes on disk; beyond it least recently used ones go."""
+    kv_disk_bytes_per_second: int | None = None
+    """What may be written over time; the rest stays in memory until the server ends. None: no bound."""
+    kv_window: Literal["full", "periodic", "zero"] = "periodic"
+    """What a restart finds beside the pages on disk (engine/store.py)."""
+    unit_tokens: int = 8192
+    """A long prompt is kept, on disk too, whenever it has passed a multiple of this; a multiple of 128."""
     replay_bytes: int = 64 << 20
     """Token ids kept of answers, so that a history is given back exactly as it was sampled. 0: none."""
     keep_alive_seconds: float = 10.0
@@ -45,19 +58,33 @@ class ServeConfig:
     """Answer 400 as DeepSeek's API does when a tool conversation comes back without its reasoning."""
     response_bytes: int = 64 << 20
     """Stored answers of /v1/responses, for `previous_response_id`. 0: none."""
+    text_bytes: int = 64 << 20
+    """Token ids of known prompts, so that only what follows them is tokenised. 0: none."""
+    session_bytes: int = 64 << 20
+    """Names and token ids of sessions."""
 
     def __post_init__(self) -> None:
         for name, least in (
             ("max_running", 1),
             ("max_waiting", 1),
             ("kv_bytes", 1),
+            ("kv_disk_bytes", 1),
             ("replay_bytes", 0),
+            ("text_bytes", 0),
+            ("session_bytes", 0),
             ("drain_seconds", 0),
             ("response_bytes", 0),
             ("max_body_bytes", 1),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
+        rate = self.kv_disk_bytes_per_second
+        if rate is not None and rate < 1:
+            raise ValueError(f"kv_disk_bytes_per_second is {rate}, expected 1 or more")
+        if self.unit_tokens < 1 or self.unit_tokens % 128:
+            raise ValueError(f"unit_tokens is {self.unit_tokens}, expected a multiple of 128")
+        if self.kv_window not in ("full", "periodic", "zero"):
+            raise ValueError(f"kv_window is {self.kv_window!r}, expected full, periodic or zero")
         if self.keep_alive_seconds <= 0:
             raise ValueError(f"keep_alive_seconds is {self.keep_alive_seconds}, expected more than 0")
         for origin in self.cors_origins:
@@ -68,3 +95,15 @@ class ServeConfig:
                 raise ValueError(
                     f"allowed_hosts: {host!r} is no host name: write it like example.org or [::1]"
                 )
+
+    def store_config(self) -> StoreConfig | None:
+        """What the engine is to keep on disk; None: nothing."""
+        if self.kv_disk is None:
+            return None
+        return StoreConfig(
+            directory=self.kv_disk,
+            window=WindowStrategy(self.kv_window),
+            limit_bytes=self.kv_disk_bytes,
+            bytes_per_second=self.kv_disk_bytes_per_second,
+            sync="later",  # a step waits for no disk
+        )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rorqual import chat
 from rorqual.serve.errors import BadRequest
+from rorqual.serve.known_text import NOTHING, Known, KnownText
 from rorqual.serve.replay import Record, ReplayStore, canonical_calls, prompt_digest
 
 __all__ = ["Conversation", "Prompt", "ToolChoice", "build_prompt", "effort_level"]
@@ -74,10 +75,12 @@ def build_prompt(
     replay: ReplayStore,
     tenant: str,
     strict_reasoning: bool = False,
+    known: KnownText | None = None,
 ) -> Prompt:
     """The prompt of a conversation. Raises BadRequest naming the message and field.
 
-    strict_reasoning: missing reasoning is refused as DeepSeek's API does, even if it is known here.
+    strict_reasoning: missing reasoning is refused as DeepSeek's API does, even if it is known here. known: texts
+    whose ids need not be made again.
     """
     offered, thinking = conversation.tools, conversation.thinking
     _check_tools(conversation)
@@ -106,7 +109,11 @@ def build_prompt(
         raise BadRequest(
             "messages must end with one from the user or a tool: the model answers it", param="messages"
         )
-    ids, replayed = _ids(segments, messages, tokenizer, replay, tenant)
+    before = known.of_segments(tenant, segments) if known is not None else NOTHING
+    ids, replayed = _ids(segments, messages, tokenizer, replay, tenant, before)
+    if known is not None:
+        # Without its cue: there the next turn branches off if this answer's reasoning is dropped.
+        known.keep_segments(tenant, segments[:-1], ids[:-1], after=before, replayed=replayed)
     user = tokenizer.token_id(USER)
     return Prompt(
         ids=ids,
@@ -191,10 +198,11 @@ def _ids(
     tokenizer: chat.Tokenizer,
     replay: ReplayStore,
     tenant: str,
+    before: Known,
 ) -> tuple[list[int], int]:
     """Ids of the segments; an answer that was sampled here is given back as it was sampled."""
-    ids: list[int] = []
-    replayed = at = start = 0
+    ids = list(before.ids)
+    replayed, at, start = before.replayed, before.length, before.length
     while at < len(segments):
         segment = segments[at]
         cue = segments[at - 1] if at else None

@@ -3,7 +3,8 @@
 Clients re-serialize arguments, trim text and lose reasoning; re-rendered, their history would be another prefix
 (spec/encoding.md 5.3). A finished turn is found by the id of its first call, else by the prompt it followed and
 what it shows. It is used only if what the client sent agrees with what was said; an edit wins. Bounded in bytes,
-least recently used first out; each holder of a key has a space of its own. Thread-safe.
+least recently used first out; each holder of a key has a space of its own. On a shelf it outlives the process.
+Thread-safe.
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from rorqual.serve.shelf import Shelf
+
 __all__ = ["Record", "ReplayStore", "canonical_calls", "prompt_digest", "reasoning_signature"]
+
+
+STORE = "replay"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,12 +81,15 @@ def canonical_calls(calls: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, str]
 class ReplayStore:
     """Records by call id and by what was said after which prompt."""
 
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
+    def __init__(self, limit_bytes: int, *, shelf: Shelf | None = None) -> None:
+        self.limit_bytes, self._shelf = limit_bytes, shelf
         self.held_bytes = 0
         self._lock = threading.Lock()
         self._records: OrderedDict[bytes, tuple[Record, tuple[tuple[str, str], ...]]] = OrderedDict()
         self._by_name: dict[tuple[str, str], bytes] = {}
+        for key, value in shelf.items(STORE) if shelf is not None else ():
+            if (found := _read(value)) is not None:
+                self._add(key, *found)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -93,13 +102,23 @@ class ReplayStore:
         key = _key(tenant, prompt, record.content, record.calls)
         keys = tuple((tenant, name) for name in names)
         with self._lock:
-            if key in self._records:
-                self._drop(key)
-            self._records[key] = record, keys
-            self._by_name.update(dict.fromkeys(keys, key))
-            self.held_bytes += record.size
-            while self.held_bytes > self.limit_bytes:
-                self._drop(next(iter(self._records)))
+            gone = self._add(key, record, keys)
+        if self._shelf is not None:
+            self._shelf.put(STORE, key, _written(record, keys))
+            self._shelf.drop(STORE, gone)
+
+    def _add(self, key: bytes, record: Record, keys: tuple[tuple[str, str], ...]) -> list[bytes]:
+        """Takes a record in; returns the keys that had to go."""
+        if key in self._records:
+            self._drop(key)
+        self._records[key] = record, keys
+        self._by_name.update(dict.fromkeys(keys, key))
+        self.held_bytes += record.size
+        gone: list[bytes] = []
+        while self.held_bytes > self.limit_bytes:
+            gone.append(next(iter(self._records)))
+            self._drop(gone[-1])
+        return gone
 
     def by_name(self, tenant: str, name: str) -> Record | None:
         """The turn that made a call, or whose reasoning has this signature."""
@@ -130,3 +149,32 @@ class ReplayStore:
 def _key(tenant: str, prompt: bytes, content: str, calls: tuple[tuple[str, str], ...]) -> bytes:
     said = json.dumps([tenant, content.strip(), calls]).encode()
     return hashlib.blake2b(prompt + said, digest_size=16).digest()
+
+
+def _written(record: Record, names: tuple[tuple[str, str], ...]) -> bytes:
+    fields = {
+        "ids": record.ids,
+        "thinking": record.thinking,
+        "content": record.content,
+        "reasoning": record.reasoning,
+        "calls": record.calls,
+        "names": names,
+    }
+    return json.dumps(fields).encode()  # escaped, so that lone surrogates have bytes too
+
+
+def _read(value: bytes) -> tuple[Record, tuple[tuple[str, str], ...]] | None:
+    """A record and its names as they were written; None for anything else."""
+    try:
+        fields = json.loads(value)
+        names = tuple((str(tenant), str(name)) for tenant, name in fields["names"])
+        record = Record(
+            ids=tuple(int(token) for token in fields["ids"]),
+            thinking=bool(fields["thinking"]),
+            content=str(fields["content"]),
+            reasoning=str(fields["reasoning"]),
+            calls=tuple((str(name), str(arguments)) for name, arguments in fields["calls"]),
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+    return record, names

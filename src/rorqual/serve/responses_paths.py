@@ -9,11 +9,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from rorqual.serve.errors import BadRequest, NotFound
-from rorqual.serve.response_store import ResponseStore, StoredResponse
+from rorqual.serve.response_store import StoredResponse
 from rorqual.serve.responses import own_items, responses_conversation
 from rorqual.serve.responses_schemas import ResponsesRequest
 from rorqual.serve.responses_writer import ResponsesWriter
-from rorqual.serve.service import Sampling, Service, tenant_of
+from rorqual.serve.service import SESSION_HEADER, Sampling, Service, tenant_of
+from rorqual.serve.sessions import session_name
 from rorqual.serve.transport import ApiResponse
 
 __all__ = ["add_responses"]
@@ -21,7 +22,7 @@ __all__ = ["add_responses"]
 
 def add_responses(app: FastAPI, service: Service) -> None:
     """Adds the paths."""
-    store = ResponseStore(service.config.response_bytes)
+    store = service.responses
 
     @app.post("/v1/responses", response_class=ApiResponse)
     async def create(http: Request, body: ResponsesRequest) -> Response:
@@ -40,14 +41,18 @@ def add_responses(app: FastAPI, service: Service) -> None:
                     tenant, StoredResponse(response=response, input=items, previous=body.previous_response_id)
                 )
 
+        writer = ResponsesWriter(model=service.config.model_name, request=body, on_done=keep)
+        # Without another name a conversation is named by the response that its chain began with.
+        chain = store.first(tenant, body.previous_response_id) if body.previous_response_id else writer.id
         return await service.answer(
             http,
             conversation,
             sampling=Sampling(
                 temperature=body.temperature, top_p=body.top_p, max_tokens=body.max_output_tokens
             ),
-            writer=ResponsesWriter(model=service.config.model_name, request=body, on_done=keep),
+            writer=writer,
             stream=bool(body.stream),
+            session=session_name(http.headers.get(SESSION_HEADER), body.prompt_cache_key, body.user, chain),
         )
 
     @app.get("/v1/responses/{response_id}", response_class=ApiResponse)

@@ -7,10 +7,12 @@ Owns what every protocol shares, and the paths of OpenAI's chat and completions 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -24,9 +26,11 @@ from rorqual.serve.config import ServeConfig
 from rorqual.serve.conversation import Conversation, Prompt, build_prompt
 from rorqual.serve.errors import BadRequest, NotFound
 from rorqual.serve.guide import answer_guide, check_constraint
+from rorqual.serve.known_text import NOTHING, Known, KnownText
 from rorqual.serve.metrics import Metrics
 from rorqual.serve.openai_chat import chat_conversation
 from rorqual.serve.replay import Record, ReplayStore, canonical_calls, prompt_digest, reasoning_signature
+from rorqual.serve.response_store import ResponseStore
 from rorqual.serve.scheduler import Job, Scheduler
 from rorqual.serve.schemas import (
     ChatRequest,
@@ -37,10 +41,14 @@ from rorqual.serve.schemas import (
     TokenizeRequest,
     refuse_unsupported,
 )
+from rorqual.serve.sessions import Sessions, session_name
+from rorqual.serve.shelf import FILE_NAME, Shelf
 from rorqual.serve.transport import ApiResponse, EventStream, Mailbox, wait_or_gone
 from rorqual.serve.wire import ChatWriter, Counts, RawWriter, Writer
 
-__all__ = ["Sampling", "Service", "check_stops", "tenant_of"]
+__all__ = ["SESSION_HEADER", "Sampling", "Service", "check_stops", "tenant_of"]
+
+SESSION_HEADER = "x-session-id"
 
 _CONVERSATION_FIELDS = frozenset(ConversationRequest.model_fields)
 
@@ -83,9 +91,19 @@ class Service:
         self.engine, self.tokenizer, self.config = engine, tokenizer, config
         self.metrics = metrics or Metrics(config.model_name)
         self.scheduler = scheduler or Scheduler(engine, config, self.metrics)
-        self.replay = ReplayStore(config.replay_bytes)
+        self.shelf = _shelf(config, engine, tokenizer)
+        """Where the stores outlive the process; None: they do not."""
+        self.replay = ReplayStore(config.replay_bytes, shelf=self.shelf)
+        self.responses = ResponseStore(config.response_bytes, shelf=self.shelf)
+        self.known = KnownText(config.text_bytes, shelf=self.shelf)
+        self.sessions = Sessions(engine, config.session_bytes, shelf=self.shelf)
         self.constrainer = Constrainer(tokenizer)
         self.started = int(time.time())
+
+    def close(self) -> None:
+        """Closes what the stores are kept in. The engine is its opener's to close. Idempotent."""
+        if self.shelf is not None:
+            self.shelf.close()
 
     def check_model(self, name: str | None) -> None:
         """Raises NotFound for another model than the one served."""
@@ -105,6 +123,7 @@ class Service:
             replay=self.replay,
             tenant=tenant,
             strict_reasoning=self.config.strict_reasoning,
+            known=self.known,
         )
 
     async def answer(
@@ -115,8 +134,9 @@ class Service:
         sampling: Sampling,
         writer: Writer,
         stream: bool,
+        session: str | None = None,
     ) -> Response:
-        """Samples the answer to a conversation and writes it, whole or as a stream."""
+        """Samples the answer to a conversation and writes it, whole or as a stream. session: whose turn it is."""
         self.scheduler.check_room()
         tenant = tenant_of(http)
         prompt = await self.prompt(conversation, tenant)
@@ -136,7 +156,7 @@ class Service:
             # dropped (spec/encoding.md 6, rule 6).
             keep_at=(prompt.head, len(prompt.ids) - 1),
             guide=None if constraint is None else self._guide(constraint, allowed),
-            on_finish=lambda: self._remember(tenant, prompt.ids, answer),
+            on_finish=lambda: self._remember(tenant, prompt.ids, answer, session=session),
         )
         self.metrics.replayed.inc(prompt.replayed)
         self.metrics.reasoning_lost.inc(prompt.reasoning_lost)
@@ -167,24 +187,34 @@ class Service:
             sampling=sampling,
             writer=ChatWriter(model=self.config.model_name, include_usage=_wants_usage(body)),
             stream=bool(body.stream),
+            session=session_name(http.headers.get(SESSION_HEADER), body.prompt_cache_key, body.user),
         )
 
     async def complete(self, http: Request, body: CompletionRequest) -> Response:
         """`POST /v1/completions`."""
         self._check(body)
         self.scheduler.check_room()
-        prompt = await asyncio.to_thread(self._raw_prompt, body)
+        tenant = tenant_of(http)
+        session = session_name(http.headers.get(SESSION_HEADER), body.user)
+        prompt, text, before = await asyncio.to_thread(self._raw_prompt, body, tenant)
         allowed = self.scheduler.check_fit(prompt, body.max_tokens or 16, param="prompt")
         answer = RawAnswer(self.tokenizer, stop=check_stops(body.stop, param="stop"))
         sampling = Sampling(temperature=body.temperature, top_p=body.top_p, seed=body.seed)
         mailbox = Mailbox()
+
+        def remember() -> None:
+            self._remember_raw(tenant, prompt, text, before, answer)
+            if session is not None:
+                self.sessions.note(tenant, session, [*prompt, *answer.ids])
+
         job = Job(
-            tenant=tenant_of(http),
+            tenant=tenant,
             prompt=prompt,
             params=sampling.params(max_tokens=allowed, eos_id=self.tokenizer.eos_id),
             answer=answer,
             listener=mailbox,
             keep_at=(len(prompt) - 1,),
+            on_finish=remember,
         )
         self.scheduler.submit(job)
         return await self._deliver(
@@ -254,15 +284,32 @@ class Service:
         if body.stream_options is not None and not body.stream:
             raise BadRequest("stream_options needs stream = true", param="stream_options")
 
-    def _raw_prompt(self, body: CompletionRequest) -> list[int]:
+    def _raw_prompt(self, body: CompletionRequest, tenant: str) -> tuple[list[int], str | None, Known]:
+        """Ids, and what they are the ids of if it is a text, and what was known of that."""
         prompt = body.prompt
         if isinstance(prompt, list) and isinstance(prompt[0], str):
             if len(prompt) > 1:
                 raise BadRequest("several prompts in one request are not supported: send one", param="prompt")
             prompt = prompt[0]
-        if isinstance(prompt, str):
-            return self._text_ids(prompt, bos=True)
-        return [int(token) for token in prompt]
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt], None, NOTHING
+        data = prompt.encode("utf-8", "surrogatepass")
+        before = self.known.of_text(tenant, data)
+        if not before.ids:
+            return self._text_ids(prompt, bos=True), prompt, before
+        rest = data[before.length :].decode("utf-8", "surrogatepass")
+        return [*before.ids, *self.tokenizer.encode_text(rest)], prompt, before
+
+    def _remember_raw(
+        self, tenant: str, prompt: list[int], text: str | None, before: Known, answer: RawAnswer
+    ) -> None:
+        """The text of prompt and answer is known from now on, if it is what the ids say."""
+        ids = [*prompt, *answer.ids]
+        if ids[-1] == self.tokenizer.eos_id:
+            ids.pop()
+        if text is not None and self.tokenizer.decode(ids[1:]) == text + answer.text:
+            data = (text + answer.text).encode("utf-8", "surrogatepass")
+            self.known.keep_text(tenant, data, ids, after=before)
 
     def _text_ids(self, text: str, *, bos: bool) -> list[int]:
         return [self.tokenizer.bos_id] * bos + self.tokenizer.encode_text(text)
@@ -280,9 +327,11 @@ class Service:
             cache=None if job.found is None else cache_report(job.found, job.prompt, self.tokenizer),
         )
 
-    def _remember(self, tenant: str, prompt: list[int], answer: ChatAnswer) -> None:
+    def _remember(self, tenant: str, prompt: list[int], answer: ChatAnswer, *, session: str | None) -> None:
         """Counts repairs and keeps the turn for replay; one that was cut is not what the format would write."""
         message = answer.message
+        if session is not None:
+            self.sessions.note(tenant, session, [*prompt, *answer.ids])
         for diagnostic in message.diagnostics:
             self.metrics.diagnostic(diagnostic.kind)
         if not answer.ended:
@@ -326,6 +375,13 @@ class Service:
         finally:
             cancel()
         return ApiResponse(writer.whole(answer, counts()))
+
+
+def _shelf(config: ServeConfig, engine: Engine, tokenizer: Tokenizer) -> Shelf | None:
+    if config.kv_disk is None:
+        return None
+    digest = hashlib.sha256(engine.fingerprint() + tokenizer.serialized.encode()).digest()
+    return Shelf(Path(config.kv_disk) / FILE_NAME, fingerprint=digest)
 
 
 def tenant_of(http: Request) -> str:
