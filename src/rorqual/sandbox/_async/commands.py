@@ -131,7 +131,8 @@ class AsyncCommandHandle:
         for _, callback in targets.values():
             if callback is not None:
                 await callback(b"", final=True)
-        return self._result(exit_)
+        oom = exit_.exit_code != 0 and not exit_.timed_out and await session.oom_happened()
+        return self._result(exit_, oom=oom)
 
     async def _kill_and_wait(self) -> None:
         await self._session.guest.kill(self.id)
@@ -157,12 +158,8 @@ class AsyncCommandHandle:
                 stderr=bytes(self._stderr),
             )
 
-    def _result(self, exit_: GuestExit) -> CommandResult:
+    def _result(self, exit_: GuestExit, *, oom: bool) -> CommandResult:
         session = self._session
-        oom = False
-        if exit_.exit_code != 0 and not exit_.timed_out:
-            kills = session.launched.oom_kills()
-            oom, session.oom_seen = kills > session.oom_seen, kills
         if self._log_result:
             session.log.finish(
                 sandbox=session.id,

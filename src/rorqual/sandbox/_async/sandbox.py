@@ -572,7 +572,7 @@ class AsyncSandbox:
             Unsupported: not a machine with a balloon. InvalidRequest: more than it was created with.
         """
         record = await self._ready("balloon")
-        kind = substrate(record["substrate"])
+        kind: Any = substrate(record["substrate"])
         seq = await self._session.log.begin(
             sandbox=self.id, kind="set_memory", request={"memory_mb": memory_mb}
         )

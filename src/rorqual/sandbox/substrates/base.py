@@ -47,6 +47,8 @@ class Launched:
     """Everything that is not as on a well-equipped host, in sentences."""
     oom_kills: Callable[[], int]
     """How many processes the memory limit has killed so far."""
+    own_kernel: bool = False
+    """A machine: what its own kernel has killed for want of memory counts, too."""
     patience: float = 20.0
     """Seconds its guest agent may take to answer at first."""
     greet: Callable[[GuestClient], Awaitable[None]] | None = None

@@ -33,6 +33,9 @@ from rorqual.sandbox.machines.initrd import initrd
 from rorqual.sandbox.machines.kernel import find_kernel
 from rorqual.sandbox.machines.qemu import Qemu
 from rorqual.sandbox.machines.vmm import Accelerator, Boot, Vmm
+from rorqual.sandbox.network.addresses import GATEWAY, MACHINE, MACHINE_GATEWAY, MACHINE_MAC, MACHINE_PREFIX
+from rorqual.sandbox.network.order import Tap, has_network, network_capabilities, network_order, network_record
+from rorqual.sandbox.network.secret import secret_envs
 from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates.base import Launched, run_order
@@ -48,7 +51,8 @@ _CAPABILITIES = frozenset(
         *("memory_snapshot", "memory_fork", "commit", "balloon", "root", "own_kernel"),
     }
 )
-MIN_MEMORY_MB = 96
+MIN_MEMORY_MB = 128
+_INTERFACE = {"tap": "tap0", "mac": MACHINE_MAC}
 _VMM_PIDS = 64
 """Threads of a VMM beside its CPUs."""
 PATIENCE_S = 90.0
@@ -62,7 +66,7 @@ class MicroVm:
     snapshots = "memory"
 
     def capabilities(self) -> frozenset[str]:
-        names = set(_CAPABILITIES)
+        names = set(_CAPABILITIES | network_capabilities())
         if cgroups.can_freeze():
             names.add("pause")
         try:
@@ -86,15 +90,13 @@ class MicroVm:
         """bounds do not apply: a machine's memory and disk are bounded by what it was created with."""
         return await snapshot.take(session, record, VMMS[record["machine"]["vmm"]], name=name, state=state)
 
+    async def set_memory(self, record: Mapping[str, Any], memory_mb: int) -> int:
+        vmm = VMMS[record["machine"]["vmm"]]
+        return await vmm.set_memory(memory_mb, vm=Path(record["directory"]) / "vm")
+
 
 def _refuse(spec: SandboxSpec) -> None:
     """Raises Unsupported for what no machine can do."""
-    if spec.network != "offline":
-        raise Unsupported(
-            f"network={spec.network!r}",
-            reason="the microvm substrate has no network beyond its own loopback yet",
-            available=("offline",),
-        )
     if spec.mounts:
         raise Unsupported(
             f"mounts={spec.mounts[0].source!r}",
@@ -137,6 +139,8 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
     keeper = await asyncio.to_thread(own_keeper, state)
     root = os.geteuid() == 0
     cgroup = f"/rorqual-{sandbox_id}" if root and cgroups.hierarchies() else ""
+    user = _user(sandbox_id) if root else None
+    network = network_order(spec, sandbox_id=sandbox_id, tap=Tap(owner=user or 0, group=user or 0))
     memory_limit = boot.memory_mb + plan.overhead_mb << 20 if cgroup else None
     record |= {
         "id": sandbox_id,
@@ -146,7 +150,8 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
         "runtime": vmm.name,
         "accelerator": accelerator.name,
         "rootless": not root,
-        "network": "offline",
+        **network_record(spec),
+        "own_kernel": True,
         "metadata": dict(spec.metadata),
         "created": time.time(),
         "spec": asdict(spec),
@@ -178,7 +183,7 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
         "user": _user(sandbox_id) if root else None,
         "shown": plan.shown if root else None,
         "devices": plan.devices,
-        "network": None,
+        "network": network,
         "record": record,
     }
     answer = await run_order(keeper, order)
@@ -206,6 +211,7 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
         notes=tuple(record["notes"]),
         oom_kills=cgroups.OomCounter(cgroup).read,
         patience=PATIENCE_S,
+        own_kernel=True,
         greet=partial(_become_its_own, sandbox_id, record) if boot.restore is not None else None,
     )
 
@@ -239,23 +245,26 @@ def _prepare(
         if path not in ("/", "/tmp"):
             arguments += ["--home", f"{quote(path)}:{owner}"]
     arguments += ["--boot-env", f"RORQUAL_SANDBOX={sandbox_id}"]
+    if has_network(spec):
+        arguments += ["--net", f"{MACHINE}/{MACHINE_PREFIX},{MACHINE_GATEWAY},{GATEWAY}"]
     boot = Boot(
         sandbox_id=sandbox_id,
         kernel=kernel,
-        initrd=initrd(kernel, guest_binary(), vmm.modules),
+        initrd=initrd(kernel, guest_binary(), (*vmm.modules, *(["virtio_net"] if has_network(spec) else []))),
         layers=root.layers,
         arguments=tuple(arguments),
         memory_mb=_machine_memory(spec),
         cpus=max(1, math.ceil(spec.cpu)),
         accelerator=accelerator.name,
         disk=snapshot.empty_disk() if spec.disk_mb is None else None,
+        network=_INTERFACE if has_network(spec) else None,
     )
     record = {
         "user": user,
         "workdir": workdir,
         "image_envs": dict(root.envs),
         "root_image": spec.image,
-        "envs": {**root.envs, **spec.envs},
+        "envs": {**root.envs, **secret_envs(list(spec.secrets)), **spec.envs},
         "cpu": spec.cpu,
         "memory_mb": spec.memory_mb,
         "pids": spec.pids,
@@ -269,6 +278,7 @@ def _prepare(
             "kernel": kernel.release,
             "layers": [str(layer) for layer in root.layers],
             "disk": boot.disk is not None,
+            "network": has_network(spec),
         },
     }
     return boot, record, []
@@ -299,6 +309,12 @@ def _restored(
             raise InvalidRequest(
                 f"{name}: {getattr(spec, name)!r}, and the snapshot's machine has {was[name]!r}, which stays"
             )
+    if machine["network"] != has_network(spec):
+        raise Unsupported(
+            f"image={spec.image!r} with{'' if has_network(spec) else 'out'} a network",
+            reason="its machine was taken the other way, and a running kernel keeps its interfaces",
+            available=["network=NetworkPolicy()" if machine["network"] else "network='offline'"],
+        )
     snapshot.check_restorable(machine, vmm, name=spec.image)
     boot = Boot(
         sandbox_id=sandbox_id,
@@ -311,6 +327,7 @@ def _restored(
         accelerator=accelerator.name,
         disk=place / memory.DISK if machine["disk"] else None,
         restore=place,
+        network=_INTERFACE if machine["network"] else None,
         ram=machine.get("ram", ""),
     )
     user = spec.user or was["user"]
@@ -319,7 +336,7 @@ def _restored(
         "workdir": spec.workdir or was["workdir"],
         "image_envs": dict(image["envs"]),
         "root_image": image["parent"],
-        "envs": {**image["envs"], **spec.envs},
+        "envs": {**image["envs"], **secret_envs(list(spec.secrets)), **spec.envs},
         "cpu": spec.cpu,
         **{key: was[key] for key in ("memory_mb", "pids", "disk_mb")},
         "notes": [
