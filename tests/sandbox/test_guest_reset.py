@@ -124,6 +124,23 @@ async def test_a_consumer_that_pauses_still_holds_the_command_back(vmm: Vmm, cli
     assert size + (3_000_004 - size if end.truncated else 0) == end.stdout_bytes == 3_000_004
 
 
+async def test_a_connection_is_renewed_before_anything_is_lost_on_it(vmm: Vmm, client: GuestClient) -> None:
+    running = await client.start(["sh", "-c", "echo one; read x; echo $x"], stdin=True)
+    assert await anext(running.events()) == ("stdout", b"one\n")
+    for _ in range(5):
+        client.renew()
+        assert (await sh(client, "echo on"))[0] == b"on\n"
+    await running.send_stdin(b"two\n")
+    assert [data async for _, data in running.events()] == [b"two\n"]
+    assert vmm.taken == 6
+
+
+async def test_a_connection_of_another_kind_stays(agent: Agent) -> None:
+    async with await GuestClient.connect(agent.path) as client:
+        client.renew()
+        assert client.connected and await client.list() == []
+
+
 async def test_a_call_under_way_says_that_its_fate_is_unknown(vmm: Vmm, client: GuestClient) -> None:
     cat = await client.start(["sleep", "100"], stdin=True)
     blocked = asyncio.create_task(cat.send_stdin(bytes(1 << 20)))  # more than a pipe takes, and nobody reads

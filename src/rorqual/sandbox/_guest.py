@@ -647,6 +647,15 @@ class GuestClient:
         """False for the moment in which a connection that was reset is made anew."""
         return self._connection is not None
 
+    def renew(self) -> None:
+        """After a moment in which the machine may have been taken: what is sent on a connection over vsock may still
+        seem to arrive, and is lost. A connection of another kind stays. For a moment nobody called in."""
+        connection = self._connection
+        if self._address is not None and connection is not None and self._error is None:
+            self._lost(connection, _reset())
+            if connection.transport is not None:
+                connection.transport.abort()
+
     async def _ready(self) -> None:
         """Before each call: it runs, and there is a connection."""
         while True:
@@ -694,6 +703,11 @@ class GuestClient:
                         )
                         return
                     await self._resume_all()
+                    ident, future = self._expect(
+                        Type.RESULT, wire.read_list
+                    )  # it outlives the kernel's reset
+                    self._write(wire.frame(Type.LIST, ident, wire.u64(wire.NO_LIMIT)))
+                    await future
                 return
             except (OSError, TimeoutError, GuestGone):
                 if loop.time() > end:

@@ -75,7 +75,9 @@ class Session:
             self._loop.call_soon_threadsafe(self._set_still, still, paused)
 
     def _set_still(self, still: bool, paused: bool) -> None:
-        self.paused = paused
+        held, self.paused = self.guest.still and not self.paused, paused
+        if held and not still:
+            self.guest.renew()
         if still != self.guest.still:
             self.guest.still = still
             self.guest.stills += still

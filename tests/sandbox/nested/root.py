@@ -22,8 +22,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 PACKAGES = (
-    "bash", "coreutils", "dash", "erofs-utils", "findutils", "grep", "iproute2", "libc-bin", "login", "mount",
-    "nftables", "procps", "sed", "util-linux",
+    "bash", "busybox-static", "coreutils", "dash", "erofs-utils", "findutils", "grep", "iproute2", "libc-bin", "login",
+    "mount", "nftables", "procps", "sed", "util-linux",
 )  # fmt: skip
 DISTRIBUTIONS = ("hypothesis", "pytest", "pytest-asyncio", "pytest-timeout", "qemu.qmp", "rorqual")
 LEFT_OUT = {"ensurepip", "idlelib", "lib2to3", "test", "tests", "tkinter", "turtledemo", "site-packages"}

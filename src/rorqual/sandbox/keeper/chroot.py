@@ -1,7 +1,8 @@
 """The files of a jailed VMM: what lies in the chroot that its jailer enters, and what is lent to it later.
 
 `prepare` runs in the child of keeper/machine.py, in its private mount namespace, before the jailer is started:
-    order["chroot"] = {"root": path below the VMM's directory, "files": {name: {"path": host path, "write": bool}}}
+    order["chroot"] = {"root": path below the VMM's directory, "files": {name: {"path": host path}}, "user": uid}
+A file is read-only; with "copy": name, it is a copy in the sandbox's directory, which the VMM writes.
 `lend` and `take_back` run in the keeper while the VMM lives, each in a process of its own, since a change of mount
 namespace is for good. The VMM owns its chroot and may be taken over: whatever it puts in the place of a name, a mount
 onto it stays inside of its own root. Standard library only. Sources: setns(2), open_tree(2), move_mount(2).
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rorqual.sandbox.keeper import linux
+from rorqual.sandbox.keeper.sparse import copy_sparse
 
 LENT = "out"
 """Name of the directory on which `lend` puts another."""
@@ -31,11 +33,27 @@ def prepare(home: str, chroot: dict[str, Any]) -> None:
         if "/" in name or name in ("", ".", "..", LENT):
             raise ValueError(f"{name!r} is not a name that a file in a chroot may have")
         target = f"{root}/{name}"
+        if "copy" in item:
+            item = {"path": _copied(home, item, chroot["user"]), "write": True}
         if stat.S_ISDIR(os.stat(item["path"]).st_mode):
             os.mkdir(target, 0o755)
         else:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644))
         linux.bind(item["path"], target, readonly=not item.get("write"))
+
+
+def _copied(home: str, item: dict[str, Any], user: int) -> str:
+    """A copy of a file, without its holes, in the sandbox's directory, for the VMM to write."""
+    target = f"{os.path.dirname(home)}/{item['copy']}"
+    reader = os.open(item["path"], os.O_RDONLY | os.O_CLOEXEC)
+    writer = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        copy_sparse(reader, writer)
+        os.fchown(writer, user, user)
+    finally:
+        os.close(reader)
+        os.close(writer)
+    return target
 
 
 def lend(pid: int, path: str) -> None:

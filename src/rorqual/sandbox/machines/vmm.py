@@ -38,6 +38,8 @@ class Boot:
     memory_mb: int
     cpus: int
     accelerator: str
+    user: int | None = None
+    """uid and gid of the VMM; None: ours."""
     disk: Path | None = None
     """A raw ext4 image for the writable layer, serial number 'disk'; None: it is in the guest's memory."""
     network: Mapping[str, Any] | None = None
@@ -73,6 +75,8 @@ class Vmm(Protocol):
     name: str
     modules: tuple[str, ...]
     """Kernel modules its devices need (initrd.py)."""
+    emulates: bool
+    """It can do without KVM."""
 
     def program(self) -> str:
         """Its path. Raises HostUnfit."""
