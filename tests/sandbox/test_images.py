@@ -146,8 +146,10 @@ async def test_an_imported_image_runs_with_its_variables_and_its_whiteouts(
     info = import_oci(archive, name="hand-made:1")
     assert info in images() and info.origin == "oci"
     async with await AsyncSandbox.create(image="hand-made:1") as sb:
-        result = await sb.commands.run('echo "$GREETING $PATH"; cd /data; echo *; cd /opq; echo *')
-        assert result.stdout == "hello /opt/bin:/bin:/usr/bin\nkept new\ny\n"
+        result = await sb.commands.run(
+            'echo "$GREETING $PATH"; cd /data; echo *; cd /opq; echo *; echo > /tmp/x'
+        )
+        assert result.stdout == "hello /opt/bin:/bin:/usr/bin\nkept new\ny\n" and result.stderr == ""
         assert await sb.files.read("/data/new") == "3"
     assert remove_image("hand-made:1") and not remove_image("hand-made:1")
 

@@ -299,7 +299,7 @@ def _attributes(member: tarfile.TarInfo, directory: int, name: str) -> None:
     os.utime(name, (moment, moment), dir_fd=directory, follow_symlinks=False)
 
 
-FURNISH_VERSION = 1
+FURNISH_VERSION = 2
 """Of what `furnish` adds: part of the layer's identity."""
 
 
@@ -307,7 +307,9 @@ def furnish(root: Root, *, user_id: int) -> None:
     """Adds what every sandbox needs: mount points, and the account `user` unless the image has one."""
     for path in ("proc", "sys", "dev", "tmp", "run", ".rorqual", "etc", "home", "home/user"):
         with root.parent(path) as (directory, name), contextlib.suppress(FileExistsError):
-            os.mkdir(name, 0o1777 if path == "tmp" else 0o755, dir_fd=directory)
+            os.mkdir(name, 0o755, dir_fd=directory)
+            if path == "tmp":
+                os.chmod(name, 0o1777, dir_fd=directory)  # mkdir is subject to the umask
     for path, line in (
         ("etc/passwd", f"user:x:{user_id}:{user_id}:user:/home/user:/bin/sh\n"),
         ("etc/group", f"user:x:{user_id}:\n"),
