@@ -9,6 +9,7 @@ clock of its own. Owns the choice of the monitor and of KVM or emulation; never 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 import os
@@ -29,6 +30,7 @@ from rorqual.sandbox.keeper import cgroups, leases
 from rorqual.sandbox.keeper.client import own_keeper
 from rorqual.sandbox.limits import SandboxSpec
 from rorqual.sandbox.machines import memory, rootfs, snapshot
+from rorqual.sandbox.machines.firecracker import Firecracker
 from rorqual.sandbox.machines.initrd import initrd
 from rorqual.sandbox.machines.kernel import find_kernel
 from rorqual.sandbox.machines.qemu import Qemu
@@ -44,7 +46,7 @@ from rorqual.sandbox.substrates.container import guest_binary
 if TYPE_CHECKING:
     from rorqual.sandbox._session import Session
 
-VMMS: dict[str, Vmm] = {"qemu": Qemu()}
+VMMS: dict[str, Vmm] = {"qemu": Qemu(), "firecracker": Firecracker()}
 _CAPABILITIES = frozenset(
     {
         *("commands", "files", "pty", "background", "reattach", "trajectory", "network:offline", "ports"),
@@ -69,11 +71,10 @@ class MicroVm:
         names = set(_CAPABILITIES | network_capabilities())
         if cgroups.can_freeze():
             names.add("pause")
-        try:
-            if any(vmm.accelerator().name == "kvm" for vmm in VMMS.values()):
-                names.add("accelerated")
-        except HostUnfit:
-            pass
+        for vmm in VMMS.values():
+            with contextlib.suppress(HostUnfit):
+                if vmm.accelerator().name == "kvm":
+                    names.add("accelerated")
         return frozenset(names)
 
     async def launch(
@@ -113,10 +114,14 @@ def _refuse(spec: SandboxSpec) -> None:
         raise Unsupported(f"vmm={spec.vmm!r}", reason="there is no such monitor here", available=tuple(VMMS))
 
 
-def choose(spec: SandboxSpec) -> tuple[Vmm, Accelerator]:
+def choose(spec: SandboxSpec, *, state: StateDir) -> tuple[Vmm, Accelerator]:
     """The monitor and what accelerates it. Blocks, for seconds at a host's first. Raises Unsupported, HostUnfit."""
-    vmm = VMMS[spec.vmm or "qemu"]
+    vmm = VMMS[spec.vmm or _fitting(spec, state)]
     if spec.accelerated is False:
+        if not vmm.emulates:
+            raise Unsupported(
+                "accelerated=False", reason=f"{vmm.name} has KVM and nothing else", available=["vmm='qemu'"]
+            )
         vmm.program()
         return vmm, Accelerator(name="tcg", why="emulation was asked for")
     found = vmm.accelerator()
@@ -129,8 +134,22 @@ def choose(spec: SandboxSpec) -> tuple[Vmm, Accelerator]:
     return vmm, found
 
 
+def _fitting(spec: SandboxSpec, state: StateDir) -> str:
+    """The monitor of who names none: a snapshot's own; Firecracker where it and a KVM that boots guests are; QEMU."""
+    found = snapshot.find(spec.image, state=state)
+    if found is not None:
+        return str(found[1]["machine"]["vmm"])
+    if spec.accelerated is False:
+        return "qemu"
+    try:
+        VMMS["firecracker"].accelerator()
+    except HostUnfit:
+        return "qemu"
+    return "firecracker"
+
+
 async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path) -> Launched:
-    vmm, accelerator = await asyncio.to_thread(choose, spec)
+    vmm, accelerator = await asyncio.to_thread(partial(choose, spec, state=state))
     boot, record, held = await asyncio.to_thread(
         _prepare, spec, vmm, accelerator, sandbox_id=sandbox_id, state=state
     )
@@ -180,8 +199,10 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
         "env": plan.env,
         "files": plan.files,
         "limits": {"memory": memory_limit, "pids": _VMM_PIDS + boot.cpus, "cpu": spec.cpu},
-        "user": _user(sandbox_id) if root else None,
+        "user": boot.user if plan.chroot is None else None,
         "shown": plan.shown if root else None,
+        "chroot": plan.chroot,
+        "links": plan.links,
         "devices": plan.devices,
         "network": network,
         "record": record,
@@ -256,6 +277,7 @@ def _prepare(
         memory_mb=_machine_memory(spec),
         cpus=max(1, math.ceil(spec.cpu)),
         accelerator=accelerator.name,
+        user=_user(sandbox_id) if os.geteuid() == 0 else None,
         disk=snapshot.empty_disk() if spec.disk_mb is None else None,
         network=_INTERFACE if has_network(spec) else None,
     )
@@ -325,6 +347,7 @@ def _restored(
         memory_mb=machine["memory_mb"],
         cpus=machine["cpus"],
         accelerator=accelerator.name,
+        user=_user(sandbox_id) if os.geteuid() == 0 else None,
         disk=place / memory.DISK if machine["disk"] else None,
         restore=place,
         network=_INTERFACE if machine["network"] else None,
