@@ -23,6 +23,7 @@ from rorqual.sandbox.network import namespaces
 from rorqual.sandbox.network.addresses import MACHINE, MACHINE_GATEWAY, MACHINE_MAC
 from rorqual.sandbox.network.order import Tap, network_order
 from rorqual.sandbox.state import StateDir
+from rorqual.sandbox.substrates import substrate
 from tests.sandbox.internet import World
 from tests.sandbox.test_network import REFUSED, curl, until
 
@@ -256,6 +257,33 @@ def test_a_machine_has_a_tap_behind_which_the_same_rules_hold(world: World) -> N
         lines.close()
         ours.close()
         process.wait(timeout=10)
+
+
+def test_a_microvm_has_the_same_network(world: World) -> None:
+    """Booted, with our agent in it; bash's own sockets stand for curl."""
+    if "network:policy" not in substrate("microvm").capabilities():
+        pytest.skip("no VMM here; rorqual doctor says why")
+
+    def get(box: Sandbox, host: str, port: int = 80, path: str = "/") -> str:
+        ask = f"printf 'GET {path} HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n' >&3; timeout 20 cat <&3"
+        result = box.commands.run(
+            ["bash", "-c", f"exec 3<>/dev/tcp/{host}/{port} || exit 1; {ask}"], timeout=60
+        )
+        return (
+            result.stdout.rpartition("\r\n")[2] if result.ok else "!" + result.stderr.split(":")[-1].strip()
+        )
+
+    secrets = {"API": Secret(host="api.test", value="0123456789abcdef", format="Bearer {}", ca=world.ca)}
+    policy = NetworkPolicy(allow=["allowed.test"])
+    with Sandbox.create(substrate="microvm", network=policy, secrets=secrets, timeout=120) as box:
+        assert get(box, "93.184.216.34") == "!Connection refused"
+        assert get(box, "allowed.test") == "93.184.216.34"
+        assert "Name or service not known" in box.commands.run("exec 3<>/dev/tcp/evil.test/80").stderr
+        assert get(box, "169.254.169.254") == "!Connection refused"
+        assert '"authorization": "Bearer ****************"' in get(box, "198.18.0.1", 8080, "/API/echo")
+        box.update_network("offline")
+        assert get(box, "93.184.216.34") == "!Connection refused"
+        assert {"evil.test", "169.254.169.254:80/tcp"} <= {event.what for event in box.network_log().events}
 
 
 LIAR = """

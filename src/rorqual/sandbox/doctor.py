@@ -21,6 +21,7 @@ from rorqual.sandbox._async.sandbox import AsyncSandbox
 from rorqual.sandbox.errors import SandboxError
 from rorqual.sandbox.images.base import python_home
 from rorqual.sandbox.images.layers import probe
+from rorqual.sandbox.network.check import check_network
 from rorqual.sandbox.records import Check
 
 _NO_KVM = "the microVM substrate will run under emulation (QEMU's TCG)"
@@ -33,6 +34,7 @@ def doctor() -> list[Check]:
     if any(check.ok for check in checks[-len(host.RUNTIMES) :]):
         checks += _portal.run(_limits())
         checks.append(_portal.run(_function()))
+        checks += _portal.run(check_network())
     checks += [
         _python(),
         _kvm(),

@@ -245,7 +245,8 @@ def make_router() -> None:
         ("ipv4/icmp_ratelimit", 0),  # a refused packet is always answered, or clients would wait
     ):
         sysctl(name, value)
-    ip("link set lo up")
+    # Until there is an uplink, packets must have somewhere to go, or the rules that refuse them would not see them.
+    ip("link set lo up", "route add default dev lo")
 
 
 def finish_uplink(host: Host) -> None:
@@ -253,7 +254,7 @@ def finish_uplink(host: Host) -> None:
     ip(
         f"addr add {host.router_address}/30 dev wan",
         "link set dev wan up",
-        f"route add default via {host.host_address}",
+        f"route replace default via {host.host_address}",
     )
 
 
