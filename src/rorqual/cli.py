@@ -16,12 +16,12 @@ from typing import Annotated
 import typer
 
 from rorqual import __version__
-from rorqual._cli import chat, cost, demo, doctor, edge, evaluate, model, run, runs, serve, train
+from rorqual._cli import chat, cost, demo, doctor, edge, evaluate, model, run, runs, sandbox, serve, train
 from rorqual._cli.exits import INTERRUPTED, describe
 
 __all__ = ["app", "main"]
 
-COMMANDS = (run, chat, demo, runs, serve, edge, train, evaluate, model, cost, doctor)
+COMMANDS = (run, chat, demo, runs, serve, sandbox, edge, train, evaluate, model, cost, doctor)
 """Modules with `register(app)`, in the order of `rorqual --help`."""
 
 app = typer.Typer(
