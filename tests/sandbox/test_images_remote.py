@@ -382,6 +382,19 @@ def test_a_wrong_store_or_name_is_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_pipe_or_a_directory_in_a_store_is_refused_and_not_waited_for(store: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(store, tmp_path / "store"))
+    pointer = place / "names/files.json"
+    pointer.unlink()
+    os.mkfifo(pointer)
+    with pytest.raises(ImageError, match="not a plain file"):
+        remote(str(place), "files")
+    pointer.unlink()
+    pointer.mkdir()
+    with pytest.raises(ImageError, match="not a plain file"):
+        remote(str(place), "files")
+
+
 def test_a_chunk_that_unpacks_to_more_than_its_length_is_refused() -> None:
     bomb = zlib.compress(bytes(100 << 20))
     data = pack_table([(bytes(32), 0, len(bomb))], chunk_bytes=256 << 10, data_bytes=256 << 10)

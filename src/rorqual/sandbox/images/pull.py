@@ -36,7 +36,7 @@ from rorqual.sandbox.state import StateDir
 
 _JSON_BYTES = 1 << 20
 _TABLE_BYTES = 64 << 20
-_META_BYTES = 1 << 30
+_META_BYTES = 256 << 20
 _TRACE_BYTES = 1 << 20
 _HEX = re.compile(r"[0-9a-f]{64}")
 _REFERENCE = re.compile(r"([^@]+)(?:@sha256:([0-9a-f]{64}))?")

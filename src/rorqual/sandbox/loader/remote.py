@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import ssl
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -72,31 +73,34 @@ class DirectoryRemote:
         self.url = path
 
     def get(self, name: str, *, max_bytes: int, deadline_s: float) -> bytes:
-        try:
-            with open(f"{self.url}/{_checked(name)}", "rb") as file:
-                data = file.read(max_bytes + 1)
-        except OSError as error:
-            raise RemoteError(
-                f"{self.url}/{name}: {error.strerror}", lasting=isinstance(error, FileNotFoundError)
-            ) from error
+        data = self._read(name, offset=0, size=max_bytes + 1)
         if len(data) > max_bytes:
             raise RemoteError(f"{self.url}/{name}: more than {max_bytes} bytes", lasting=True)
         return data
 
     def read(self, name: str, *, offset: int, size: int, deadline_s: float) -> bytes:
-        try:
-            fd = os.open(f"{self.url}/{_checked(name)}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                data = os.pread(fd, size, offset)
-                while len(data) < size and (more := os.pread(fd, size - len(data), offset + len(data))):
-                    data += more
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise RemoteError(f"{self.url}/{name}: {error.strerror}") from error
+        data = self._read(name, offset=offset, size=size)
         if len(data) != size:
             raise RemoteError(f"{self.url}/{name}: it ends before byte {offset + size}")
         return data
+
+    def _read(self, name: str, *, offset: int, size: int) -> bytes:
+        where = f"{self.url}/{_checked(name)}"
+        parts = []
+        try:
+            fd = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise RemoteError(f"{where}: not a plain file", lasting=True)
+                while size and (data := os.pread(fd, min(size, 1 << 20), offset)):
+                    parts.append(data)
+                    size, offset = size - len(data), offset + len(data)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            lasting = isinstance(error, FileNotFoundError)
+            raise RemoteError(f"{where}: {error.strerror}", lasting=lasting) from error
+        return b"".join(parts)
 
     def close(self) -> None:
         pass
@@ -206,7 +210,7 @@ class HttpRemote:
         if answer.status != wanted:
             lasting = answer.status in (301, 302, 307, 308, 401, 403, 404, 410, 416)
             raise RemoteError(
-                f"{where}: HTTP {answer.status} {answer.reason[:80]} instead of {wanted}", lasting=lasting
+                f"{where}: HTTP {answer.status} {answer.reason[:80]!r} instead of {wanted}", lasting=lasting
             )
         if size is not None:
             given = answer.getheader("Content-Range", "")
