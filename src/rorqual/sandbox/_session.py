@@ -17,7 +17,15 @@ from typing import Any, cast
 
 from rorqual.sandbox._forward import Forward
 from rorqual.sandbox._guest import GuestClient, GuestProcess
-from rorqual.sandbox.errors import Cause, GuestError, GuestGone, InvalidRequest, SandboxEnded, SandboxError
+from rorqual.sandbox.errors import (
+    Cause,
+    GuestError,
+    GuestGone,
+    InvalidRequest,
+    SandboxEnded,
+    SandboxError,
+    Unsupported,
+)
 from rorqual.sandbox.keeper.client import KeeperDied
 from rorqual.sandbox.substrates import Launched
 from rorqual.sandbox.trajectory import Log, TrajectoryEntry
@@ -137,9 +145,12 @@ class Session:
         """Whether a memory limit has killed a process since the last look: the host's, or the machine's own kernel."""
         kills = self.launched.oom_kills()
         if self.launched.own_kernel:
-            with contextlib.suppress(GuestError):  # its end is told by the next call
+            # Its end is told by the next call; in a machine that is only looked at there is nobody to ask.
+            with contextlib.suppress(GuestError, Unsupported):
                 text = await self.guest.read_file("/proc/vmstat", limit=1 << 16)
-                counts = dict(line.split() for line in text.decode("ascii", "replace").splitlines() if " " in line)
+                counts = dict(
+                    line.split() for line in text.decode("ascii", "replace").splitlines() if " " in line
+                )
                 kills += int(counts.get("oom_kill", 0))
         happened, self.oom_seen = kills > self.oom_seen, kills
         return happened

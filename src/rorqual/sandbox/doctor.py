@@ -6,6 +6,7 @@ instruction in it (`/dev/kvm` opens on hosts whose KVM boots nothing: spec/sandb
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import fcntl
 import mmap
@@ -14,13 +15,16 @@ import platform
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from rorqual.sandbox import _portal, host
 from rorqual.sandbox._async.sandbox import AsyncSandbox
-from rorqual.sandbox.errors import SandboxError
+from rorqual.sandbox.errors import HostUnfit, SandboxError
 from rorqual.sandbox.images.base import python_home
 from rorqual.sandbox.images.layers import probe
+from rorqual.sandbox.machines.boot_sector import boot_sector
+from rorqual.sandbox.machines.q35 import firmware_files
 from rorqual.sandbox.network.check import check_network
 from rorqual.sandbox.records import Check
 
@@ -39,6 +43,9 @@ def doctor() -> list[Check]:
         _python(),
         _kvm(),
         _program("qemu", f"qemu-system-{platform.machine()}", f"qemu-system-{_debian_arch()}"),
+        _portal.run(_full_machine()),
+        _uefi(),
+        _program("cloud-init seeds", "xorriso", "xorriso"),
     ]
     checks += [
         _program("mmdebstrap", "mmdebstrap", "mmdebstrap"),
@@ -46,6 +53,31 @@ def doctor() -> list[Check]:
         _program("newuidmap", "newuidmap", "uidmap"),
     ]
     return checks
+
+
+async def _full_machine() -> Check:
+    name = "fullvm"
+    with tempfile.TemporaryDirectory(prefix="rorqual-doctor-") as place:
+        image = Path(place, "tiny.img")
+        await asyncio.to_thread(image.write_bytes, boot_sector("rorqual doctor"))
+        try:
+            async with await AsyncSandbox.create(
+                substrate="fullvm", image=str(image), memory_mb=64, timeout=60, channel="screen"
+            ) as sb:
+                await sb.screen.wait_for_change(timeout=30)
+                size, info = await sb.screen.size(), await sb.info()
+        except (SandboxError, TimeoutError) as error:
+            return Check(name=name, ok=False, why=str(error), fix=getattr(error, "fix", ""))
+    why = f"a PC started from a disk of ours and showed {size.width}x{size.height} pixels; {info.notes[0]}"
+    return Check(name=name, ok=True, why=why, fix="")
+
+
+def _uefi() -> Check:
+    try:
+        code, _ = firmware_files()
+    except HostUnfit as error:
+        return Check(name="fullvm: UEFI", ok=False, why=error.what, fix=error.fix)
+    return Check(name="fullvm: UEFI", ok=True, why=code, fix="")
 
 
 def _debian_arch() -> str:

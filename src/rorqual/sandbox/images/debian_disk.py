@@ -35,7 +35,6 @@ from rorqual.sandbox.machines import boot_disk
 from rorqual.sandbox.machines.agent_service import agent_files
 from rorqual.sandbox.state import cache_dir
 
-VERSION = 2
 KERNEL = "linux-image-cloud-amd64"
 """Debian's kernel for virtual machines. For USB devices and sound take linux-image-amd64 (70 MB more)."""
 BASIC = ("systemd-sysv", "udev", "dbus", "kmod", "iproute2", "zstd")
@@ -93,13 +92,12 @@ def build_debian_disk(
     suite = suite or codename()
     files = agent_files() if agent else {}
     recipe: dict[str, Any] = {
-        "version": VERSION,
         "packages": sorted(set(packages)),
         "kernel": kernel,
         "size_mb": size_mb,
         "suite": suite,
         "mirror": mirror,
-        "agent": hashlib.sha256(b"".join(data for _, data in files.values())).hexdigest() if agent else "",
+        "files": _digest({**_settings(""), **files}),
     }
     guests = _guests()
     with _locked(guests / f".{name}.lock"):
@@ -165,6 +163,14 @@ def remove_disk(name: str) -> bool:
         (guests / f"{name}.json").unlink()
         found[0].path.unlink(missing_ok=True)
         return True
+
+
+def _digest(files: dict[str, tuple[int, bytes]]) -> str:
+    """Of what we put in beside the packages: another agent, or other settings, make another disk."""
+    text = json.dumps(
+        [[name, mode, hashlib.sha256(data).hexdigest()] for name, (mode, data) in sorted(files.items())]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _guests() -> Path:
@@ -325,7 +331,6 @@ def _settings(root_uuid: str) -> dict[str, tuple[int, bytes]]:
             user="root", line="%I 115200 vt220"
         ),
         "etc/systemd/system/getty@tty1.service.d/rorqual.conf": _GETTY.format(user="user", line="%I linux"),
-        "etc/systemd/network/80-rorqual.network": "[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\n",
     }
     files = {name: (0o644, text.encode()) for name, text in texts.items()}
     # Work that a machine of minutes never profits from, and that costs an emulated one seconds of its start.

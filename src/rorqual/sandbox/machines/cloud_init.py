@@ -2,6 +2,7 @@
 
     user-data     cloud-config: user, ssh keys, host name, files, commands; and our guest agent, as a service
     meta-data     instance-id (the sandbox's), local-hostname
+    network-config    the machine's address, or that there is no network
 
 So any cloud image of any maker gets our agent without being touched. YAML is written as JSON, which it contains.
 Source: cloud-init's documentation, NoCloud and "Module reference". xorriso makes the ISO.
@@ -22,6 +23,7 @@ from typing import Any
 from rorqual.sandbox.errors import HostUnfit, InvalidRequest, SandboxError
 from rorqual.sandbox.host import find_program
 from rorqual.sandbox.machines.agent_service import agent_files
+from rorqual.sandbox.network.addresses import GATEWAY, MACHINE, MACHINE_GATEWAY, MACHINE_MAC, MACHINE_PREFIX
 
 FIELDS = {"user", "password", "ssh_keys", "hostname", "files", "runcmd", "packages", "agent", "user_data"}
 _HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -112,14 +114,32 @@ def user_data(request: Mapping[str, Any]) -> str:
     return "#cloud-config\n" + json.dumps(document, indent=1) + "\n"
 
 
-def seed(request: Mapping[str, Any], target: Path, *, sandbox_id: str) -> None:
+def network_config(*, network: bool) -> str:
+    """Version 2; without a network it says so, since a guest would wait for one otherwise."""
+    ethernets: dict[str, Any] = {}
+    if network:
+        ethernets["id0"] = {
+            "match": {"macaddress": MACHINE_MAC},
+            "addresses": [f"{MACHINE}/{MACHINE_PREFIX}"],
+            "routes": [{"to": "0.0.0.0/0", "via": MACHINE_GATEWAY}],
+            "nameservers": {"addresses": [GATEWAY]},
+        }
+    return json.dumps({"version": 2, "ethernets": ethernets})
+
+
+def seed(request: Mapping[str, Any], target: Path, *, sandbox_id: str, network: bool = False) -> None:
     """Writes the ISO to `target`. Raises HostUnfit (no xorriso), SandboxError."""
     program = find_program("xorriso")
     if program is None:
         raise HostUnfit("cloud_init needs xorriso, which is not installed.", fix="apt-get install xorriso")
     meta = {"instance-id": sandbox_id, "local-hostname": str(request.get("hostname", "sandbox"))}
     with tempfile.TemporaryDirectory(prefix=".seed-", dir=target.parent) as place:
-        for name, text in (("user-data", user_data(request)), ("meta-data", json.dumps(meta))):
+        texts = {
+            "user-data": user_data(request),
+            "meta-data": json.dumps(meta),
+            "network-config": network_config(network=network),
+        }
+        for name, text in texts.items():
             path = Path(place) / name
             path.touch(mode=0o600)
             path.write_text(text, encoding="utf-8")

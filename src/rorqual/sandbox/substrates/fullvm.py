@@ -43,6 +43,15 @@ from rorqual.sandbox.machines.disks import Disk
 from rorqual.sandbox.machines.q35 import Q35, Pc
 from rorqual.sandbox.machines.shell_guest import ShellGuest
 from rorqual.sandbox.machines.vmm import Accelerator
+from rorqual.sandbox.network.addresses import GATEWAY, MACHINE, MACHINE_GATEWAY, MACHINE_MAC, MACHINE_PREFIX
+from rorqual.sandbox.network.order import (
+    Tap,
+    has_network,
+    network_capabilities,
+    network_order,
+    network_record,
+)
+from rorqual.sandbox.network.secret import secret_envs
 from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates.base import Launched, run_order
@@ -83,7 +92,7 @@ class FullVm:
         self._vmm = Q35()
 
     def capabilities(self) -> frozenset[str]:
-        names = set(_CAPABILITIES)
+        names = set(_CAPABILITIES | network_capabilities())
         if cgroups.can_freeze():
             names.add("pause")
         try:
@@ -116,15 +125,12 @@ class FullVm:
         """bounds do not apply: memory and disk are bounded by what the machine was created with."""
         return await snapshot.take(session, record, self._vmm, name=name, state=state)
 
+    async def set_memory(self, record: Mapping[str, Any], memory_mb: int) -> int:
+        return await self._vmm.set_memory(memory_mb, vm=Path(record["directory"]) / "vm")
+
 
 def _refuse(spec: SandboxSpec) -> None:
     """Raises Unsupported for what no machine can do, InvalidRequest for what is none."""
-    if spec.network != "offline":
-        raise Unsupported(
-            f"network={spec.network!r}",
-            reason="the fullvm substrate has no network yet",
-            available=("offline",),
-        )
     if spec.mounts:
         raise Unsupported(
             f"mounts={spec.mounts[0].source!r}",
@@ -190,6 +196,8 @@ async def _launch(
         keeper = await asyncio.to_thread(own_keeper, state)
         root = os.geteuid() == 0
         cgroup = f"/rorqual-{sandbox_id}" if root and cgroups.hierarchies() else ""
+        user = _user(sandbox_id) if root else None
+        network = network_order(spec, sandbox_id=sandbox_id, tap=Tap(owner=user or 0, group=user or 0))
         limit = pc.memory_mb + plan.overhead_mb << 20 if cgroup else None
         record |= {
             "id": sandbox_id,
@@ -199,7 +207,8 @@ async def _launch(
             "runtime": "qemu",
             "accelerator": accelerator.name,
             "rootless": not root,
-            "network": "offline",
+            **network_record(spec),
+            "own_kernel": True,
             "metadata": dict(spec.metadata),
             "created": time.time(),
             "spec": asdict(spec),
@@ -230,10 +239,10 @@ async def _launch(
             "env": plan.env,
             "files": plan.files,
             "limits": {"memory": limit, "pids": _VMM_PIDS + pc.cpus, "cpu": spec.cpu},
-            "user": _user(sandbox_id) if root else None,
+            "user": user,
             "shown": plan.shown if root else None,
             "devices": plan.devices,
-            "network": None,
+            "network": network,
             "record": record,
         }
         answer = await run_order(keeper, order)
@@ -260,7 +269,8 @@ async def _launch(
         notes=tuple(record["notes"]),
         oom_kills=cgroups.OomCounter(cgroup).read,
         patience=record["patience"],
-        greet=partial(_become_its_own, sandbox_id) if pc.restore is not None else None,
+        own_kernel=True,
+        greet=partial(_greet, sandbox_id, restored=pc.restore is not None, network=network is not None),
     )
 
 
@@ -286,7 +296,8 @@ def _prepare(
     seed = None
     if spec.cloud_init is not None:
         seed = building / q35.SEED
-        cloud_init.seed(cloud_init.check(spec.cloud_init), seed, sandbox_id=sandbox_id)
+        request = cloud_init.check(spec.cloud_init)
+        cloud_init.seed(request, seed, sandbox_id=sandbox_id, network=has_network(spec))
     pc = Pc(
         sandbox_id=sandbox_id,
         base=base,
@@ -297,6 +308,7 @@ def _prepare(
         accelerator=accelerator.name,
         disk_mb=spec.disk_mb,
         seed=seed,
+        network=_INTERFACE if has_network(spec) else None,
     )
     user = spec.user or "root"
     record = {
@@ -304,7 +316,7 @@ def _prepare(
         "workdir": spec.workdir or ("/root" if user == "root" else f"/home/{user}"),
         "image_envs": {},
         "root_image": spec.image,
-        "envs": dict(spec.envs),
+        "envs": {**secret_envs(list(spec.secrets)), **spec.envs},
         "cpu": spec.cpu,
         "memory_mb": spec.memory_mb,
         "pids": spec.pids,
@@ -320,6 +332,7 @@ def _prepare(
             "layers": [str(base.path)],
             "disk": base.format != "iso",
             "channel": spec.channel,
+            "network": has_network(spec),
         },
     }
     return pc, record, []
@@ -353,6 +366,12 @@ def _restored(
             )
     if spec.cloud_init is not None:
         raise InvalidRequest("cloud_init: the snapshot's machine has booted already; use commands and files")
+    if machine["network"] != has_network(spec):
+        raise Unsupported(
+            f"image={spec.image!r} with{'' if has_network(spec) else 'out'} a network",
+            reason="its machine was taken the other way, and a running system keeps its interfaces",
+            available=["network=NetworkPolicy()" if machine["network"] else "network='offline'"],
+        )
     snapshot.check_restorable(machine, vmm, name=spec.image)
     q35.check_base(machine, name=spec.image)
     kept = machine["base"]
@@ -372,6 +391,7 @@ def _restored(
         accelerator=accelerator.name,
         disk_mb=was["disk_mb"],
         restore=place,
+        network=_INTERFACE if machine["network"] else None,
         ram=machine.get("ram", ""),
     )
     channel = machine["channel"] if spec.channel == "auto" else spec.channel
@@ -384,7 +404,7 @@ def _restored(
         "workdir": spec.workdir or was["workdir"],
         "image_envs": {},
         "root_image": image["parent"],
-        "envs": dict(spec.envs),
+        "envs": {**secret_envs(list(spec.secrets)), **spec.envs},
         "cpu": spec.cpu,
         **{key: was[key] for key in ("memory_mb", "pids", "disk_mb")},
         "notes": [note + its_own, _words(vmm, accelerator)],
@@ -405,13 +425,26 @@ def _user(sandbox_id: str) -> int:
     return host.ID_BASE + host.ID_COUNT + digest
 
 
-async def _become_its_own(sandbox_id: str, guest: GuestClient) -> None:
-    """A restored machine gets its own entropy, name and clock before anything else is asked of it, where it can."""
-    if isinstance(guest, ShellGuest) or not guest.info.agent:
+async def _greet(sandbox_id: str, guest: GuestClient, *, restored: bool, network: bool) -> None:
+    """Before anything else is asked of it: a restored machine gets its own entropy, name and clock, where it can;
+    one with a network its address, which a booted system may not have."""
+    if not guest.info.agent:  # screen and keyboard: nobody to speak to
         return
-    await guest.refresh(
-        hostname=sandbox_id, machine_id=secrets.token_hex(16), entropy=secrets.token_bytes(64), clock=True
-    )
+    if restored and not isinstance(guest, ShellGuest):
+        await guest.refresh(
+            hostname=sandbox_id, machine_id=secrets.token_hex(16), entropy=secrets.token_bytes(64), clock=True
+        )
+    if network and not restored:
+        process = await guest.start(["/bin/sh", "-c", _SET_ADDRESS], cwd="/", timeout=60)
+        await process.wait()
+
+
+_INTERFACE = {"tap": "tap0", "mac": MACHINE_MAC}
+_SET_ADDRESS = f"""for i in /sys/class/net/*; do
+[ "$(cat $i/address)" = {MACHINE_MAC} ] || continue; i=${{i##*/}}; ip link set $i up
+ip -4 addr show dev $i | grep -q {MACHINE}/ || ip addr add {MACHINE}/{MACHINE_PREFIX} dev $i
+ip route show default | grep -q . || ip route add default via {MACHINE_GATEWAY}
+grep -qs '^nameserver {GATEWAY}' /etc/resolv.conf || echo nameserver {GATEWAY} >/etc/resolv.conf; done"""
 
 
 __all__ = ["CHANNELS", "FullVm", "find_disk"]
