@@ -28,7 +28,7 @@ from rorqual.sandbox.images.store import BASE_NAMES
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir, cache_dir
 
-SEEDS = ("python3", "procps", "ca-certificates", "libpam-modules", "netbase")
+SEEDS = ("python3", "procps", "ca-certificates", "libpam-modules", "mount", "netbase")
 """Beside the essential packages, those of these that are installed, with all that they depend on."""
 VERSION = 1
 """Part of the base image's name: a change of what goes into it makes a new one."""
