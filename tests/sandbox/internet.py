@@ -6,9 +6,9 @@
                                                                                   203.0.113.1 router, name server
                                                                                   93.184.216.34 .. public servers
                                                                                   10.1.0.5, 169.254.169.254 private ones
-Every server answers with its own address; /hold streams a byte every 50 ms. DIRECTORY gets ca.pem, `ready` (a JSON of
-process ids) and `queries` (a line per DNS query that arrived, whoever sent it). What names stand for can be changed in
-DIRECTORY/zone.json.
+Every server answers with its own address; /hold streams a byte every 50 ms; UDP port 7 echoes. DIRECTORY gets ca.pem,
+`ready` (a JSON of process ids) and `queries` (a line per DNS query that arrived, whoever sent it). What names stand for
+can be changed in DIRECTORY/zone.json.
 """
 
 from __future__ import annotations
@@ -200,7 +200,13 @@ async def serve(directory: Path) -> None:
         finally:
             writer.close()
 
+    class Echo(Names):
+        def datagram_received(self, data: bytes, peer: tuple[str, int]) -> None:
+            self.transport.sendto(data, peer)
+
     await loop.create_datagram_endpoint(Names, local_addr=("0.0.0.0", 53))
+    for address in (*PUBLIC, *PRIVATE):  # or its answers would come from another address
+        await loop.create_datagram_endpoint(Echo, local_addr=(address, 7))
     servers = [await asyncio.start_server(names, "0.0.0.0", 53)]
     for port in (80, 8000):
         servers.append(await asyncio.start_server(web, "0.0.0.0", port))

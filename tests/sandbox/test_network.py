@@ -197,6 +197,18 @@ def test_a_malformed_query_does_no_harm(box: Sandbox, packet: str) -> None:
     assert python(box, "say(resolve('allowed.test'))") == "93.184.216.34"
 
 
+def test_udp_goes_the_same_way(box: Sandbox) -> None:
+    code = """
+before = ask(b"hello", "93.184.216.34", 7).decode()
+resolve("allowed.test")
+say([before, ask(b"hello", "93.184.216.34", 7).decode(), ask(b"hello", "10.1.0.5", 7).decode()])
+"""
+    before, after, inside = python(box, code)  # type: ignore[misc]
+    assert (
+        before in ("OSError", "TimeoutError") and after == "hello" and inside in ("OSError", "TimeoutError")
+    )
+
+
 def test_other_types_are_answered_empty_or_refused(box: Sandbox) -> None:
     code = """
 def rcode(kind):
@@ -253,6 +265,17 @@ def test_what_is_allowed_by_cidr_is_reached_and_nothing_beside_it(world: World) 
         ]
         box.update_network(NetworkPolicy(allow=["10.1.0.0/24:80"], deny=["10.1.0.5"]))
         assert curl(box, "http://10.1.0.5/") == REFUSED
+        box.update_network(
+            NetworkPolicy(
+                allow=["0.0.0.0/0", "10.1.0.0/16:80", "10.1.0.0/24", "10.1.0.0/24:80"],
+                deny=["0.0.0.0/0:8000"],
+            )
+        )
+        assert curl(box, "http://10.1.0.5/") == "10.1.0.5"  # by the network that names it
+        assert curl(box, "http://93.184.216.36/") == "93.184.216.36"
+        assert curl(box, "http://93.184.216.36:8000/") == curl(box, "http://10.1.0.5:8000/") == REFUSED
+        for address, port in (("169.254.169.254", 80), ("192.168.7.7", 80), (HOST, 22), ("198.18.0.1", 22)):
+            assert python(box, f"say(connect('{address}', {port}))") == "ConnectionRefusedError"
 
 
 def test_there_are_no_raw_sockets_no_ipv6_and_no_way_to_change_the_interface(box: Sandbox) -> None:

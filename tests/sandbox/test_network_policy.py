@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
 
-from rorqual.sandbox import NetworkPolicy, Secret, secret_url
-from rorqual.sandbox.errors import InvalidRequest
+from rorqual.sandbox import NetworkPolicy, Secret, host, secret_url
+from rorqual.sandbox.errors import HostUnfit, InvalidRequest, Unsupported
 from rorqual.sandbox.limits import SandboxSpec
-from rorqual.sandbox.network import nft
 from rorqual.sandbox.network.addresses import PROTECTED, guest_address, uplink_addresses
 from rorqual.sandbox.network.guests import EVENTS, Events, Guest
+from rorqual.sandbox.network.order import network_capabilities, network_order
 from rorqual.sandbox.network.policy import BUILT_IN, Compiled, config_file, load, parse_policy, parse_rule
 from rorqual.sandbox.network.secret import check_secrets
 
@@ -74,13 +75,10 @@ def test_a_name_is_matched_whole_or_below_a_star(
 
 
 def test_deny_wins() -> None:
-    policy = Compiled.of(
-        NetworkPolicy(allow=["*", "a.org:443"], deny=["a.org", "*.b.org", "c.org:25", "9.9.9.0/24"])
-    )
-    assert policy.ports("a.org") == policy.ports("x.b.org") == ()
-    assert (
-        policy.ports("b.org") == policy.ports("c.org") == (None,)
-    )  # a denied port of a name is a matter of its CIDR
+    policy = Compiled.of(NetworkPolicy(allow=["*", "a.org:443"], deny=["a.org", "*.b.org", "9.9.9.0/24"]))
+    assert policy.ports("a.org") == policy.ports("x.b.org") == () and policy.ports("b.org") == (None,)
+    with pytest.raises(InvalidRequest, match=r"denied whole; to close a port, deny '0\.0\.0\.0/0:25'"):
+        NetworkPolicy(allow=["*"], deny=["c.org:25"])
     assert policy.denies(IPv4Address("9.9.9.9")) and not policy.denies(IPv4Address("9.9.8.9"))
 
 
@@ -160,12 +158,25 @@ def test_metadata_addresses_are_protected() -> None:
         assert any(IPv4Address(address) in network for network in PROTECTED), address
 
 
-def test_overlapping_networks_become_one_set_that_does_not_overlap() -> None:
+def test_a_protected_range_is_opened_by_a_network_within_it_alone() -> None:
     policy = Compiled.of(
-        NetworkPolicy(allow=["10.0.0.0/8:80", "10.1.0.0/16", "10.1.2.0/24:443", "10.1.2.3", "10.1.0.0/16"])
+        NetworkPolicy(allow=["0.0.0.0/0", "192.0.0.0/4", "10.1.0.0/16:80", "169.254.169.254"])
     )
-    kept = nft._disjoint(policy.cidrs("allow"))
-    assert [(str(cidr), port) for cidr, port in kept] == [("10.1.0.0/16", None), ("10.0.0.0/8", 80)]
+    assert [str(cidr) for cidr, _ in policy.opened(PROTECTED)] == ["10.1.0.0/16", "169.254.169.254/32"]
+    assert policy.opens(IPv4Address("10.1.2.3"), PROTECTED) and not policy.opens(
+        IPv4Address("10.2.2.3"), PROTECTED
+    )
+
+
+def test_without_root_or_a_library_a_network_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SandboxSpec(network="pypi")
+    monkeypatch.setattr(host, "find_program", lambda name: None)
+    with pytest.raises(HostUnfit, match=r"program ip.*apt-get install iproute2"):
+        network_order(spec, sandbox_id="sb-x")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(Unsupported, match=r"network='pypi'.*need root.*network='offline'"):
+        network_order(spec, sandbox_id="sb-x")
+    assert network_order(SandboxSpec(), sandbox_id="sb-x") is None and not network_capabilities()
 
 
 def test_what_a_sandbox_can_fill_is_bounded() -> None:

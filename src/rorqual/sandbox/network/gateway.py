@@ -73,8 +73,13 @@ class Gateway:
         """Reads the host's addresses and networks. IPv4Network's order: supernets first."""
         networks = self.host.networks()
         networks.discard(IPv4Network("0.0.0.0/0"))
-        self.rules.run(nft.protect(networks))
-        self.protected = [*PROTECTED, *networks]
+        protected = [*PROTECTED, *sorted(networks)]
+        if protected != self.protected:
+            self.rules.run(nft.protect(networks))
+            self.protected = protected
+            for guest in self.guests.values():  # which rules open a part of them may be another matter now
+                if guest.policy.cidrs("allow"):
+                    self.set_policy(guest, guest.policy)
 
     async def open_addresses(self, guest: Guest, addresses: list[str], ports: Ports, seconds: int) -> None:
         if guest.id not in self.guests:
@@ -89,7 +94,7 @@ class Gateway:
 
     def set_policy(self, guest: Guest, policy: Compiled) -> None:
         known, fresh = guest.still_allowed(policy)
-        self.rules.run(nft.set_policy(guest.number, self.epoch + 1, policy, known, fresh))
+        self.rules.run(nft.set_policy(guest.number, self.epoch + 1, policy, self.protected, known, fresh))
         self.epoch += 1
         guest.epoch, guest.policy = self.epoch, policy
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, collapse_addresses
 from typing import Any
 
 from rorqual.sandbox.network.addresses import (
@@ -192,24 +192,26 @@ def set_policy(
     number: int,
     epoch: int,
     policy: Compiled,
+    protected: Sequence[IPv4Network],
     known: Sequence[tuple[str, Ports]],
     fresh: Sequence[tuple[str, Ports, int]],
 ) -> str:
     """Replaces the rules of a sandbox, in one transaction.
 
-    epoch: the policy's number, greater than any before. known: addresses that allowed names stood for at any time
-    and the ports they may be reached on: connections to them stay. fresh: those that still stand, with their seconds.
+    epoch: the policy's number, greater than any before. protected: what only a CIDR within it opens. known: addresses
+    that allowed names stood for at any time and the ports they may be reached on: connections to them stay. fresh:
+    those that still stand, with their seconds.
     """
     lines = [_element("old", "oldports", epoch, address, ports, OLD_S) for address, ports in known]
     lines += [_element("names", "ports", epoch, address, ports, seconds) for address, ports, seconds in fresh]
     lines += [f"flush chain {TABLE} {kind}{number}" for kind in ("f", "t")]
     for chain in (f"f{number}", f"t{number}"):
-        rules = _rules(epoch, policy, out=chain.startswith("f"))
+        rules = _rules(epoch, policy, protected, out=chain.startswith("f"))
         lines += [f"add rule {TABLE} {chain} {rule}" for rule in rules]
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def _rules(epoch: int, policy: Compiled, *, out: bool) -> list[str]:
+def _rules(epoch: int, policy: Compiled, protected: Sequence[IPv4Network], *, out: bool) -> list[str]:
     address, port, refuse = ("ip daddr", "th dport", "goto x") if out else ("ip saddr", "th sport", "goto y")
     count = "iifname @sent" if out else "oifname @received"
     accept = f"ct mark set {epoch} {count} accept"
@@ -221,13 +223,21 @@ def _rules(epoch: int, policy: Compiled, *, out: bool) -> list[str]:
         ]
     else:
         rules += ["ct state != established drop"]
-    for kind, verdict in (("deny", refuse), ("allow", accept)):
-        # The ranges of one set may not overlap: a network within another goes with it.
-        found = [f"{cidr} . {port or '0-65535'}" for cidr, port in _disjoint(policy.cidrs(kind))]
-        if found:
-            rules.append(f"{address} . {port} {{ {', '.join(found)} }} {verdict}")
+
+    def among(cidrs: Sequence[tuple[IPv4Network, int | None]], verdict: str) -> list[str]:
+        found: dict[int | None, list[IPv4Network]] = {}
+        for cidr, one in cidrs:
+            found.setdefault(one, []).append(cidr)
+        return [
+            f"{address} {{ {_join(collapse_addresses(networks))} }} {'' if one is None else f'{port} {one} '}{verdict}"
+            for one, networks in found.items()
+        ]
+
     rules += [
+        *among(policy.cidrs("deny"), refuse),
+        *among(policy.opened(protected), accept),
         f"{address} @protected {refuse}",
+        *among(policy.cidrs("allow"), accept),
         f"{port} {{ {DNS_PORT}, 853 }} {refuse}",  # names are asked at the gateway
         f"meta mark set {epoch}",
         f"meta mark . {address} . {port} @ports {accept}",
@@ -242,14 +252,6 @@ def _rules(epoch: int, policy: Compiled, *, out: bool) -> list[str]:
         refuse,
     ]
     return rules
-
-
-def _disjoint(rules: Sequence[tuple[IPv4Network, int | None]]) -> list[tuple[IPv4Network, int | None]]:
-    kept: list[tuple[IPv4Network, int | None]] = []
-    for cidr, port in sorted(set(rules), key=lambda item: (item[1] is not None, item[0].prefixlen)):
-        if not any(cidr.subnet_of(other) and other_port in (None, port) for other, other_port in kept):
-            kept.append((cidr, port))
-    return kept
 
 
 def _element(any_port: str, with_port: str, epoch: int, address: str, ports: Ports, seconds: int) -> str:

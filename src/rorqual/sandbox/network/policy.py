@@ -2,8 +2,9 @@
 
 A rule is a host name ('pypi.org'), a name with its subdomains left open ('*.pythonhosted.org', which does not match
 pythonhosted.org itself), an IPv4 address or CIDR, or '*' (everything public), each with ':port' or without. Order:
-`deny` wins; then what `allow` names by CIDR; then the protected ranges (addresses.PROTECTED, the host and its
-networks) are refused, so that no name can lead there; then names and '*'; the rest is refused. IPv6 is not routed.
+`deny` wins; then the protected ranges (addresses.PROTECTED, the host and its networks) are refused, so that no name can
+lead there, but for what `allow` names in them by a CIDR that lies within (0.0.0.0/0 does not open them); then the other
+CIDRs, names and '*'; the rest is refused. IPv6 is not routed.
 User's own policies and the gateway's settings: networks.toml (`load`). Owns the rules' syntax; never touches a packet.
 Source: spec/sandbox.md, 2 (item 6) and 4.2.
 """
@@ -112,8 +113,13 @@ class NetworkPolicy:
             if len(rules) > MAX_RULES:
                 raise InvalidRequest(f"network: {field} has {len(rules)} rules; at most {MAX_RULES}")
             object.__setattr__(self, field, tuple(rules))
-            for rule in rules:
-                parse_rule(rule, where=f"network: {field}")
+            for text in rules:
+                rule = parse_rule(text, where=f"network: {field}")
+                if field == "deny" and rule.name and rule.port is not None:
+                    raise InvalidRequest(
+                        f"network: deny: {text!r}: a name is denied whole; "
+                        f"to close a port, deny '0.0.0.0/0:{rule.port}'"
+                    )
         if not isinstance(self.name, str) or not _POLICY_NAME.fullmatch(self.name):
             raise InvalidRequest(f"network: {self.name!r} is not a policy's name (a-z, 0-9, '-', '_')")
 
@@ -137,10 +143,9 @@ class Compiled:
 
     def ports(self, name: str) -> Ports:
         """The ports `name` may be reached on, (None,) for all; () when it may not even be looked up."""
-        if any(rule.matches(name) for rule in self.deny if rule.port is None):
+        if any(rule.matches(name) for rule in self.deny):
             return ()
-        denied = {rule.port for rule in self.deny if rule.matches(name)}
-        found = {rule.port for rule in self.allow if rule.matches(name)} - denied
+        found = {rule.port for rule in self.allow if rule.matches(name)}
         return (None,) if None in found else tuple(sorted(port for port in found if port is not None))
 
     def cidrs(self, kind: str) -> list[tuple[IPv4Network, int | None]]:
@@ -148,8 +153,16 @@ class Compiled:
         rules: tuple[Rule, ...] = getattr(self, kind)
         return [(rule.cidr, rule.port) for rule in rules if rule.cidr is not None]
 
-    def allows_by_cidr(self, address: IPv4Address) -> bool:
-        return any(address in cidr for cidr, _ in self.cidrs("allow"))
+    def opened(self, protected: Sequence[IPv4Network]) -> list[tuple[IPv4Network, int | None]]:
+        """The CIDR rules of 'allow' that lie within a protected range, and so open that part of it."""
+        return [
+            (cidr, port)
+            for cidr, port in self.cidrs("allow")
+            if any(cidr.subnet_of(network) for network in protected)
+        ]
+
+    def opens(self, address: IPv4Address, protected: Sequence[IPv4Network]) -> bool:
+        return any(address in cidr for cidr, _ in self.opened(protected))
 
     def denies(self, address: IPv4Address) -> bool:
         return any(address in cidr for cidr, port in self.cidrs("deny") if port is None)

@@ -228,7 +228,7 @@ class Resolver:
         for cname in chain.cnames:
             for target in cname:
                 alias = target.target.to_text(omit_final_dot=True).lower()
-                if any(rule.matches(alias) for rule in guest.policy.deny if rule.port is None):
+                if any(rule.matches(alias) for rule in guest.policy.deny):
                     raise Refused(f"it is an alias of {alias}, which the policy denies")
         answer = [_capped(cname) for cname in chain.cnames]
         if chain.answer is None:
@@ -239,7 +239,7 @@ class Resolver:
             address = ipaddress.IPv4Address(record.address)
             closed = guest.policy.denies(address) or (
                 any(address in network for network in self._protected())
-                and not guest.policy.allows_by_cidr(address)
+                and not guest.policy.opens(address, self._protected())
             )
             (bad if closed else good).append(str(address))
         if bad:
