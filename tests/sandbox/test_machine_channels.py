@@ -414,6 +414,20 @@ async def test_a_line_that_never_stops_is_given_up(tmp_path: Path) -> None:
     await guest.close()
 
 
+async def test_two_clients_of_a_line_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "end.sock"
+    async with serial_line(path):
+        first = await ConsoleGuest.open(path, login=Login(), timeout=20)
+        second = await ConsoleGuest.open(path, login=Login(), timeout=20)
+        try:
+            for guest in (first, second, first):
+                assert await guest.script("echo $((6*7)); exit 3") == (3, b"42\n")
+        finally:
+            await first.close()
+            await second.close()
+            shutil.rmtree(first._base, ignore_errors=True)
+
+
 async def test_kernel_messages_between_the_lines_do_no_harm(tmp_path: Path) -> None:
     """A second process writes to the same terminal all the while."""
     path = tmp_path / "end.sock"

@@ -3,7 +3,7 @@
     wake the line, log in, silence the echo  ->  each script goes over as base64 in short lines, each acknowledged
     its exit code and its output's md5 come back on a line that begins with a mark, then the output as base64
 
-A line has one reader, so scripts run one at a time; a lock file decides between clients, each of which logs in anew.
+A line has one reader, so scripts run one at a time; a lock file decides between clients, who let go of it when idle.
 Marks are made of a secret per script and of a product that the guest must compute, so that an echo of what we typed is
 no answer. Kernel messages between our lines are skipped, and output that one of them has torn is asked for again.
 The guest is not trusted: whatever it prints is bounded, by bytes and by time.
@@ -32,11 +32,11 @@ _LINE = 1800
 """Characters of base64 in a line: a terminal takes lines of up to 4095, and longer bursts may be lost."""
 _SCRIPT_S = 60.0
 _LOGIN_S = 30.0
-_QUIET_S, _SILENT_S = 0.4, 2.0
+_QUIET_S, _SILENT_S = 0.3, 0.8
+_IDLE_S = 0.5
 _NOISE = 4 << 20
 """Bytes that may pass by while an answer is awaited."""
 _ASKS = 4
-_PROMPT = re.compile(rb"[#$%>] ?\Z")
 _LOGIN, _PASSWORD = re.compile(rb"(?i)\blogin: *\Z"), re.compile(rb"(?i)password[^\n]{0,40}: *\Z")
 _ANSI = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()=>][0-9A-Za-z]?|\r")
 
@@ -75,18 +75,24 @@ class _Line:
         self._held += data
 
     async def login(self, login: Login) -> None:
-        """Leaves a quiet shell. Raises GuestGone (no prompt, wrong password)."""
+        """Leaves a quiet shell. Raises GuestGone: nobody takes the login.
+
+        A shell is what multiplies: its prompt may be anything, or nothing after an earlier client's visit.
+        """
+        secret, a, b = secrets.token_hex(4), secrets.randbelow(1 << 20), secrets.randbelow(1 << 10)
+        probe, found = f"echo {secret}$(({a}*{b}))\r".encode(), f"{secret}{a * b}".encode()
         asked = 0
         await self.type(b"\x03\r")
         while True:
-            silence = _QUIET_S if self._held else _SILENT_S
             try:
-                async with asyncio.timeout(silence):
+                async with asyncio.timeout(_QUIET_S if self._held else _SILENT_S):
                     await self._more()
                 continue  # a prompt is the last word before the line falls silent
             except TimeoutError:
                 pass
             tail = _ANSI.sub(b"", bytes(self._held[-400:]))
+            if found in tail:
+                break
             if _PASSWORD.search(tail):
                 await self.type(login.password.encode() + b"\r")
             elif _LOGIN.search(tail):
@@ -94,10 +100,8 @@ class _Line:
                 if asked > 2:
                     raise GuestGone(f"the console did not take the login of {login.user!r}")
                 await self.type(login.user.encode() + b"\r")
-            elif _PROMPT.search(tail):
-                break
             else:
-                await self.type(b"\r")
+                await self.type(probe)
             self._held.clear()
         self._held.clear()
         await self.type(b"exec /bin/sh\r")
@@ -163,6 +167,7 @@ class ConsoleGuest(ShellGuest):
         self._line: _Line | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._lock = -1
+        self._leaving: asyncio.TimerHandle | None = None
 
     @classmethod
     async def open(cls, path: Path, *, login: Login, timeout: float) -> ConsoleGuest:  # noqa: ASYNC109
@@ -189,12 +194,15 @@ class ConsoleGuest(ShellGuest):
         if self._error is not None:
             raise self._error
         async with self._busy:
+            if self._leaving is not None:
+                self._leaving.cancel()
             try:
                 async with asyncio.timeout(seconds):
                     if self._line is None:
                         await self._connect()
                     assert self._line is not None
                     yield self._line
+                self._leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._let_go)
             except BaseException as error:
                 await self._hang_up()  # out of step: the next script logs in anew
                 if isinstance(error, TimeoutError):
@@ -217,7 +225,20 @@ class ConsoleGuest(ShellGuest):
             raise GuestGone("the console's shell cannot write to /tmp")
         self._line = line
 
+    def _let_go(self) -> None:
+        """Idle: another client may have the line. The shell stays as it is."""
+        if not self._busy.locked():
+            self._line = None
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
+
     async def _hang_up(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
         self._line = None
         if self._writer is not None:
             writer, self._writer = self._writer, None

@@ -26,8 +26,8 @@ from rorqual.sandbox.errors import GuestFileError, GuestGone, GuestProtocolError
 from rorqual.sandbox.machines.shell_guest import ShellGuest
 
 PORT = "org.qemu.guest_agent.0"
-_MAX_STALE = 1 << 20
-"""Bytes of an earlier exchange, or of a forger, that are read before the channel counts as broken."""
+_MAX_STALE = 64
+"""Answers to an earlier client, or of a forger, that are read before the channel counts as broken."""
 _MAX_LINE = 8 << 20
 _EXEC_S = 60.0
 _FILE_CHUNK = 1 << 20
@@ -54,11 +54,9 @@ class _Exchange:
         number = secrets.randbits(48)
         # 0xff is no JSON: it makes the agent drop what an earlier client left unfinished.
         await self._send(b"\xff" + json.dumps(_request("guest-sync-delimited", id=number)).encode() + b"\n")
-        stale = 0
-        while True:
+        for _ in range(_MAX_STALE):
             try:
-                got = await self._reader.readuntil(b"\xff")
-                stale += len(got)
+                await self._reader.readuntil(b"\xff")
                 line = await self._reader.readuntil(b"\n")
             except asyncio.LimitOverrunError as error:
                 raise GuestProtocolError("qemu-guest-agent's port: a flood instead of an answer") from error
@@ -68,9 +66,7 @@ class _Exchange:
                 answer = json.loads(line)
                 if isinstance(answer, dict) and answer.get("return") == number:
                     return
-            stale += len(line)
-            if stale > _MAX_STALE:
-                raise GuestProtocolError("qemu-guest-agent's port: a flood instead of an answer")
+        raise GuestProtocolError("qemu-guest-agent's port: a flood instead of an answer")
 
     async def call(self, name: str, **arguments: Any) -> Any:
         await self._send(json.dumps(_request(name, **arguments)).encode() + b"\n")
