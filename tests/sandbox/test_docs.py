@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES = ("sandbox.md", "sandbox-images.md", "sandbox-trajectory.md", "sandbox-ports.md", "sandbox-pool.md")
+PAGES = (
+    "sandbox.md",
+    "sandbox-images.md",
+    "sandbox-trajectory.md",
+    "sandbox-ports.md",
+    "sandbox-pool.md",
+    "sandbox-machines.md",
+)
 EXAMPLES = [
     (page, code)
     for page in PAGES
