@@ -27,7 +27,7 @@ from rorqual.sandbox.edge.calls import call, create_arguments, create_model_of_s
 from rorqual.sandbox.edge.channel import Channel
 from rorqual.sandbox.edge.edge import Edge
 from rorqual.sandbox.edge.failures import failure
-from rorqual.sandbox.edge.guard import BodyTooLarge, Guard
+from rorqual.sandbox.edge.guard import Guard
 from rorqual.sandbox.edge.transfer import Spool, pieces
 from rorqual.sandbox.errors import EdgeRefused, InvalidRequest, SandboxError
 from rorqual.sandbox.images import ImageInfo, images
@@ -119,13 +119,10 @@ def _add_errors(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return failure(EdgeRefused(str(error.detail), status=error.status_code))
 
+    @app.exception_handler(OverflowError)
     @app.exception_handler(ValueError)
     async def value(_: Request, error: Exception) -> Response:
         return failure(InvalidRequest(str(error)))
-
-    @app.exception_handler(BodyTooLarge)
-    async def large(_: Request, error: Exception) -> Response:
-        return failure(EdgeRefused("the body is too large", status=413))
 
     @app.exception_handler(Exception)
     async def internal(_: Request, error: Exception) -> Response:

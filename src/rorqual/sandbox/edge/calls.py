@@ -139,7 +139,10 @@ async def call(
             available=[name for name, one in methods().items() if one.crosses],
         )
     checked = arguments(model_of(path), given)
-    return encode(await _do(edge, sandbox_id, method, checked, hold=hold))
+    try:
+        return encode(await _do(edge, sandbox_id, method, checked, hold=hold))
+    except OverflowError as error:  # a number that JSON can hold and no file offset or row can
+        raise InvalidRequest(f"{path}: {error}") from error
 
 
 async def _do(

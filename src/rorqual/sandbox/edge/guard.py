@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rorqual.sandbox._remote_codec import encode_error
@@ -24,10 +25,6 @@ OPEN_PATHS = frozenset({"/health"})
 """Paths that need no token."""
 CONTENT = "/files/content"
 """Ends the paths whose bodies are files: bounded where they are written, not here."""
-
-
-class BodyTooLarge(Exception):
-    """Ends the reading of a body; the guard turns it into 413."""
 
 
 class Guard:
@@ -70,9 +67,6 @@ class Guard:
         counted = receive if scope["path"].endswith(CONTENT) else self._counted(receive)
         try:
             await self._app(scope, counted, noting)
-        except BodyTooLarge:
-            status = 413
-            await _refuse(scope, send, EdgeRefused(self._too_large(), status=413))
         finally:
             self._line(scope, who, status, began)
 
@@ -124,7 +118,9 @@ class Guard:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._config.max_body_bytes:
-                raise BodyTooLarge
+                raise HTTPException(
+                    413, self._too_large()
+                )  # the only kind that FastAPI's reading lets through
             return message
 
         return counted
