@@ -237,3 +237,18 @@ def test_an_engine_locates_checkpoints_and_discards(engine, prompt, tmp_path):
     one.close()
     with pytest.raises(EngineError, match="nothing on disk"):
         engine.checkpoint(ids)
+
+
+def test_a_damaged_header_is_a_new_beginning(tmp_path, pool, put, caplog):
+    with open_store(tmp_path) as store:
+        put(store, 1)
+    path = tmp_path / "prefixes.rqk"
+    raw = bytearray(path.read_bytes())
+    raw[20] ^= 1
+    path.write_bytes(raw)
+    with open_store(tmp_path) as store:
+        assert depth(store, 1) == 0
+        put(store, 1)
+        check(store, pool, 1, 4)
+    assert (tmp_path / "prefixes.rqk.damaged").read_bytes() == raw
+    assert sum("a new one begins" in record.message for record in caplog.records) == 1

@@ -5,11 +5,12 @@ EngineError
 ├── ContextOverflow   the tokens do not fit the model's context or the cache budget (fields: tokens, limit)
 ├── PromptError       a prompt is empty or holds ids outside the vocabulary
 └── SequenceFileError a saved sequence or a cache file is unreadable, damaged, of another model, or cannot be written
+    └── DamagedFile   it is one of ours, and its header is damaged
 """
 
 from __future__ import annotations
 
-__all__ = ["CacheFull", "ContextOverflow", "EngineError", "PromptError", "SequenceFileError"]
+__all__ = ["CacheFull", "ContextOverflow", "DamagedFile", "EngineError", "PromptError", "SequenceFileError"]
 
 
 class EngineError(RuntimeError):
@@ -39,3 +40,7 @@ class ContextOverflow(EngineError):
 
 class SequenceFileError(EngineError):
     """A saved sequence or cache file is unreadable, damaged or of another model, or could not be written."""
+
+
+class DamagedFile(SequenceFileError):
+    """A file of ours whose header does not match its checksum."""

@@ -29,7 +29,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rorqual.engine.errors import SequenceFileError
+from rorqual.engine.errors import DamagedFile, SequenceFileError
 
 __all__ = ["HEAD_BYTES", "NONE", "NewRecord", "Record", "RecordFile", "Syncer"]
 
@@ -119,7 +119,7 @@ class RecordFile:
             raise SequenceFileError(f"{self.path} is not a saved sequence or cache file")
         _, version, page, model, crc = _FILE.unpack(raw)
         if crc != zlib.crc32(raw[:-4]):
-            raise SequenceFileError(f"{self.path} is damaged: its header does not match its checksum")
+            raise DamagedFile(f"{self.path} is damaged: its header does not match its checksum")
         if version != VERSION:
             raise SequenceFileError(f"{self.path} has format version {version}, this build reads {VERSION}")
         if model != fingerprint or page != page_bytes:

@@ -31,7 +31,7 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rorqual.engine.errors import SequenceFileError
+from rorqual.engine.errors import DamagedFile, SequenceFileError
 from rorqual.engine.layout import PAGE_TOKENS, CacheLayout
 from rorqual.engine.pool import PagePool
 from rorqual.engine.prefix_match import page_keys
@@ -149,7 +149,14 @@ class PageStore:
         self._credit, self._credit_at = self._burst, clock()
         self._told_full = False
         self._syncer: Syncer | None = None
-        self._file = self._open(self.directory / "prefixes.rqk")
+        path = self.directory / "prefixes.rqk"
+        try:
+            self._file = self._open(path)
+        except DamagedFile as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            log.warning("%s: it is now %s, and a new one begins", error, aside)
+            os.replace(path, aside)
+            self._file = self._open(path)
         if self._file.lost_bytes:
             log.warning(
                 "the end of a cache file held no whole record and is cut off",
