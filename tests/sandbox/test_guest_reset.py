@@ -181,7 +181,7 @@ async def test_calls_wait_for_the_new_connection(vmm: Vmm, client: GuestClient) 
 async def test_an_agent_that_never_comes_back_is_gone(
     vmm: Vmm, client: GuestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rorqual.sandbox._guest.AGAIN_S", 0.2)
+    monkeypatch.setattr("rorqual.sandbox._again.AGAIN_S", 0.2)
     running = await client.start(["sleep", "100"])
     vmm.refuse = True
     vmm.reset()

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol as wire
+from ._again import connect_again, was_reset
 from ._dial import Address, Dialed, PortsBusy, dial
 from ._guest_process import (
     MAX_OUTPUT,
@@ -56,8 +57,6 @@ MAX_READ = 256 << 20
 """`read_file` without `limit` refuses a larger file (EFBIG): a sparse one must not eat the host's memory."""
 MAX_ENTRIES = 100_000
 """`list_dir` refuses a larger directory (EFBIG)."""
-AGAIN_S = 20.0
-"""How long a connection that was reset may take to be made anew, by a machine that runs."""
 _HANDLED = frozenset({Type.READ_NEXT, Type.WRITE_NEXT, Type.DIR_NEXT, Type.CLOSE})
 """Calls about a handle, which is gone with its connection."""
 CALL_SECONDS = 60.0
@@ -518,7 +517,7 @@ class GuestClient:
         if self._error is not None:
             raise self._error
         if self._connection is None:
-            raise _reset()
+            raise was_reset()
         self._connection.write(data)
 
     async def _answer(self, future: asyncio.Future[Any], call: str, deadline: float | None) -> Any:
@@ -546,7 +545,7 @@ class GuestClient:
         resets = self._resets
         await self._ready()
         if resets != self._resets and kind in _HANDLED:
-            raise _reset()
+            raise was_reset()
         ident, future = self._expect(Type.RESULT, read)
         try:
             self._write(wire.frame(kind, ident, *parts))
@@ -584,7 +583,7 @@ class GuestClient:
 
     def _handle(self, handle: int) -> bytes:
         if handle >> 8 != self._resets:
-            raise _reset()
+            raise was_reset()
         return wire.u32(handle & 0xFF)
 
     def _drop_handle(self, handle: int) -> None:
@@ -652,7 +651,7 @@ class GuestClient:
         seem to arrive, and is lost. A connection of another kind stays. For a moment nobody called in."""
         connection = self._connection
         if self._address is not None and connection is not None and self._error is None:
-            self._lost(connection, _reset())
+            self._lost(connection, was_reset())
             if connection.transport is not None:
                 connection.transport.abort()
 
@@ -675,62 +674,24 @@ class GuestClient:
         self._resets += 1
         calls, self._calls = self._calls, {}
         for _, _, future in calls.values():
-            self._settle(future, _reset())
+            self._settle(future, was_reset())
         for stream in self._ports.values():
-            stream._on_failure(_reset())
+            stream._on_failure(was_reset())
         self._ports.clear()
         if self._again is None or self._again.done():
-            self._again = asyncio.get_running_loop().create_task(self._connect_again(self._address, error))
+            self._again = asyncio.get_running_loop().create_task(connect_again(self, self._address, error))
 
-    async def _connect_again(self, address: Address, error: GuestGone) -> None:
-        """Shakes hands with the same agent, and goes on with every command where its output was cut."""
-        loop = asyncio.get_running_loop()
-        end, pause = loop.time() + AGAIN_S, 0.002
-        while self._error is None:
-            if self.still:
-                end = loop.time() + AGAIN_S
-            try:
-                async with asyncio.timeout(AGAIN_S):
-                    self._connection = await _open(loop, address, self)
-                    if self._connection.closed.done():
-                        raise _reset()
-                    ident, future = self._expect(Type.WELCOME, wire.read_welcome)
-                    self._write(wire.hello(ident))
-                    welcome: wire.Welcome = await future
-                    if welcome.boot_id != self.info.boot_id:
-                        self._fail(
-                            GuestGone("another guest agent answers where the one of this connection was")
-                        )
-                        return
-                    await self._resume_all()
-                    ident, future = self._expect(
-                        Type.RESULT, wire.read_list
-                    )  # it outlives the kernel's reset
-                    self._write(wire.frame(Type.LIST, ident, wire.u64(wire.NO_LIMIT)))
-                    await future
-                return
-            except (OSError, TimeoutError, GuestGone):
-                if loop.time() > end:
-                    self._fail(error)
-                    return
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 0.1)
+    async def _reopen(self, address: Address) -> None:
+        connection = await _open(asyncio.get_running_loop(), address, self)
+        if connection.closed.done():
+            raise was_reset()
+        self._connection = connection
 
-    async def _resume_all(self) -> None:
-        for ident, process in list(self._streams.items()):
-            request = process._resume()
-            if request is None:
-                del self._streams[ident]
-                process._on_failure(_reset())
-                continue
-            _, future = self._expect(Type.STARTED, wire.read_started, ident=ident)
-            self._write(request)
-            try:
-                await future
-            except GuestRefused as refused:
-                process._on_failure(
-                    GuestGone(f"the guest agent does not go on with command {process.pid}: {refused}")
-                )
+    def _drop_connection(self) -> None:
+        """Of an attempt that failed."""
+        connection, self._connection = self._connection, None
+        if connection is not None and connection.transport is not None:
+            connection.transport.abort()
 
     def _fail(self, error: GuestError) -> GuestError:
         """End everything with `error`, once; later calls raise the first. Returns what was kept."""
@@ -768,13 +729,6 @@ async def _open(loop: asyncio.AbstractEventLoop, address: Address, client: Guest
 
 def _who(welcome: wire.Welcome) -> GuestInfo:
     return GuestInfo(protocol=welcome.version, agent=welcome.agent, pid=welcome.pid, boot_id=welcome.boot_id)
-
-
-def _reset() -> GuestGone:
-    return GuestGone(
-        "the connection to the guest agent was reset, as a snapshot of its machine does; whether this call was "
-        "carried out is not known"
-    )
 
 
 def _pid(pid: int) -> int:
