@@ -299,17 +299,18 @@ def _attributes(member: tarfile.TarInfo, directory: int, name: str) -> None:
     os.utime(name, (moment, moment), dir_fd=directory, follow_symlinks=False)
 
 
-FURNISH_VERSION = 2
+_MODES = {"tmp": 0o1777, "root": 0o700}
+FURNISH_VERSION = 3
 """Of what `furnish` adds: part of the layer's identity."""
 
 
 def furnish(root: Root, *, user_id: int) -> None:
     """Adds what every sandbox needs: mount points, and the account `user` unless the image has one."""
-    for path in ("proc", "sys", "dev", "tmp", "run", ".rorqual", "etc", "home", "home/user"):
+    for path in ("proc", "sys", "dev", "tmp", "run", ".rorqual", "etc", "home", "home/user", "root"):
         with root.parent(path) as (directory, name), contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=directory)
-            if path == "tmp":
-                os.chmod(name, 0o1777, dir_fd=directory)  # mkdir is subject to the umask
+            if path in _MODES:
+                os.chmod(name, _MODES[path], dir_fd=directory)  # mkdir is subject to the umask
     for path, line in (
         ("etc/passwd", f"user:x:{user_id}:{user_id}:user:/home/user:/bin/sh\n"),
         ("etc/group", f"user:x:{user_id}:\n"),
