@@ -9,21 +9,31 @@ import asyncio
 import os
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from rorqual.sandbox import InvalidRequest, Sandbox, SandboxEnded, Snapshot, Unsupported, images
+from rorqual.sandbox import (
+    InvalidRequest,
+    NetworkPolicy,
+    Sandbox,
+    SandboxEnded,
+    Snapshot,
+    Unsupported,
+    images,
+)
 from rorqual.sandbox.errors import HostUnfit
+from rorqual.sandbox.network.order import lacking
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates.microvm import VMMS
 
 VMM = VMMS["firecracker"]
 LOOK = "head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/kernel/random/boot_id /etc/machine-id; hostname; date +%s"
 PROGRAMS = (
-    "cat", "date", "dd", "echo", "free", "head", "hostname", "id", "kill", "ls", "mkdir", "od", "rm", "seq", "sh",
+    "cat", "date", "dd", "echo", "free", "head", "hostname", "id", "kill", "ls", "mkdir", "nc", "od", "rm", "seq", "sh",
     "sleep", "touch", "true", "uname", "wc",
 )  # fmt: skip
 
@@ -185,6 +195,61 @@ def test_children_of_a_fork_are_themselves(machine: Sandbox, snapshot: Snapshot)
     finally:
         for twin in twins:
             twin.kill()
+
+
+WORLD = """
+ip netns add world
+ip link add up0 type veth peer name down0 netns world
+ip addr add 203.0.113.2/24 dev up0
+ip link set up0 up
+ip -n world addr add 203.0.113.1/24 dev down0
+ip -n world addr add 93.184.216.34/32 dev lo
+ip -n world link set lo up
+ip -n world link set down0 up
+ip route add 93.184.216.34/32 via 203.0.113.1
+"""
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    """A server in a network beyond a router: http://93.184.216.34:8001, and the same on 8002."""
+    problem = lacking()
+    if problem is not None:
+        pytest.skip(str(problem))
+    servers = []
+    try:
+        subprocess.run(["sh", "-ec", WORLD], check=True)
+        for port in ("8001", "8002"):
+            answer = f"while :; do echo port {port} | busybox nc -l -p {port}; done"
+            servers.append(subprocess.Popen(["ip", "netns", "exec", "world", "sh", "-c", answer]))
+        yield
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+        subprocess.run(
+            ["sh", "-c", "ip netns pids world | xargs -r kill -9; ip netns del world; ip link del up0"],
+            check=False,
+        )
+
+
+def test_it_reaches_what_its_policy_names_and_nothing_else(image: str, world: None) -> None:
+    policy = NetworkPolicy(allow=["93.184.216.34:8001"])
+    with Sandbox.create(
+        substrate="microvm", vmm="firecracker", image=image, memory_mb=128, network=policy
+    ) as guest:
+        assert sorted(guest.commands.run("ls /sys/class/net").stdout.split()) == ["eth0", "lo"]
+        for port, answer in (("8001", "port 8001\n"), ("8002", ""), ("8001", "port 8001\n")):
+            assert guest.commands.run(f"nc -w 10 93.184.216.34 {port} < /dev/null").stdout == answer
+
+
+def test_the_example_of_the_docs_runs(image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2].joinpath("docs/sandbox-machines.md").read_text(encoding="utf-8")
+    example = re.search(r"^```python no-run\n((?:(?!```).)*vmm=\"firecracker\".*?)^```$", page, re.S | re.M)
+    assert example is not None
+    exec(compile(example[1].replace('"base"', f'"{image}"'), "docs/sandbox-machines.md", "exec"), {})
+    printed = capsys.readouterr().out.split()
+    assert printed[1::2] == ["1", "1"] and len({*printed[::2]}) == 2
 
 
 def test_what_it_cannot_do_is_refused(image: str) -> None:

@@ -19,13 +19,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rorqual.sandbox.machines.initrd import newc
 from rorqual.sandbox.machines.kernel import Kernel
 
-MODULES = ("virtio_pci", "virtio_blk", "virtio_rng", "erofs", "overlay", "kvm_amd", "tun")
+MODULES = (
+    "virtio_pci", "virtio_blk", "virtio_rng", "erofs", "overlay", "kvm_amd", "tun", "veth", "nf_tables",
+    "nft_chain_nat", "nft_connlimit", "nft_ct", "nft_limit", "nft_masq", "nft_nat", "nft_redir", "nft_reject_inet",
+)  # fmt: skip
 DONE = "nested: exit "
 INIT = """#!/bin/busybox sh
 export PATH=/bin
 /bin/busybox --install -s /bin
+mkdir -p /proc /sys /dev
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 for m in $(cat /modules/order); do insmod /modules/$m; done
 mkdir -p /lower /job /rw /root
@@ -36,7 +41,7 @@ for d in proc sys dev; do mount --move /$d /root/$d; done
 mkdir -p /root/dev/pts /root/dev/shm; mount -t devpts -o ptmxmode=666 pts /root/dev/pts
 mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
 for d in run tmp dev/shm; do mount -t tmpfs -o mode=1777 tmpfs /root/$d; done
-ip link set lo up; hostname nested-host
+ip link set lo up; hostname nested-host; echo 1 > /root/proc/sys/net/ipv4/conf/all/forwarding
 exec switch_root /root /bin/sh /nested-command
 """
 
@@ -85,15 +90,15 @@ def run(
     compileall.compile_dir(
         job, stripdir=job, prependdir="/", quiet=1, force=True, invalidation_mode=unchecked
     )
-    disk, initrd = work / "job.erofs", work / "initrd"
+    disk, early = work / "job.erofs", work / "initrd"
     subprocess.run(["mkfs.erofs", "--quiet", disk, job], check=True, stdout=subprocess.DEVNULL)
-    build_initrd(initrd, kernel=kernel, work=work)
+    early.write_bytes(initrd(kernel))
     console = work / "console"
     machine = subprocess.Popen(
         [
             *("nice", "-n", "5", "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi"),
             *("-cpu", "max,+svm", "-smp", "2", "-m", "2048", "-nodefaults", "-no-reboot", "-display", "none"),
-            *("-kernel", str(kernel.bzimage), "-initrd", str(initrd)),
+            *("-kernel", str(kernel.bzimage), "-initrd", str(early)),
             *("-append", "console=ttyS0 panic=-1 quiet loglevel=4 mitigations=off"),
             *("-serial", f"file:{console}", "-serial", "stdio"),
             *("-drive", f"if=none,id=root,format=raw,readonly=on,file={root}", "-device", "virtio-blk-pci,drive=root"),
@@ -153,22 +158,12 @@ echo o > /proc/sysrq-trigger; while :; do :; done
 """
 
 
-def build_initrd(target: Path, *, kernel: Kernel, work: Path) -> None:
-    """busybox and the modules in the order of their dependencies, as one cpio archive."""
-    tree = work / "initrd-tree"
-    for name in ("bin", "proc", "sys", "dev", "modules"):
-        (tree / name).mkdir(parents=True)
+def initrd(kernel: Kernel) -> bytes:
+    """busybox, and the modules in the order of their dependencies, as a cpio archive."""
     busybox = shutil.which("busybox")
     assert busybox is not None, "apt-get install busybox-static"
-    shutil.copy2(busybox, tree / "bin/busybox")
     order = kernel.closure(MODULES)
-    for path in order:
-        shutil.copy2(path, tree / "modules" / path.name)
-    (tree / "modules/order").write_text("\n".join(path.name for path in order))
-    (tree / "init").write_text(INIT)
-    (tree / "init").chmod(0o755)
-    names = subprocess.run(["find", "."], cwd=tree, capture_output=True, check=True).stdout
-    with target.open("wb") as file:
-        subprocess.run(
-            ["cpio", "-o", "-H", "newc", "--quiet"], cwd=tree, input=names, stdout=file, check=True
-        )
+    files = [("init", INIT.encode()), ("bin/busybox", Path(busybox).read_bytes())]
+    files += [(f"modules/{path.name}", path.read_bytes()) for path in order]
+    files += [("modules/order", "\n".join(path.name for path in order).encode())]
+    return newc(files)

@@ -1,4 +1,4 @@
-"""What tests/sandbox/conftest.py gives, for the inner tests; without what that file loads for others (seconds there)."""
+"""What tests/sandbox/conftest.py gives, for the inner tests, without what that file loads for others."""
 
 from __future__ import annotations
 

@@ -23,9 +23,9 @@ from packaging.requirements import Requirement
 
 PACKAGES = (
     "bash", "busybox-static", "coreutils", "dash", "erofs-utils", "findutils", "grep", "iproute2", "libc-bin", "login",
-    "mount", "nftables", "procps", "sed", "util-linux",
+    "libnftables1", "mount", "nftables", "procps", "sed", "util-linux",
 )  # fmt: skip
-DISTRIBUTIONS = ("hypothesis", "pytest", "pytest-asyncio", "pytest-timeout", "qemu.qmp", "rorqual")
+DISTRIBUTIONS = ("dnspython", "h11", "pytest", "pytest-asyncio", "pytest-timeout", "qemu.qmp", "rorqual")
 LEFT_OUT = {"ensurepip", "idlelib", "lib2to3", "test", "tests", "tkinter", "turtledemo", "site-packages"}
 VERSION = 1
 """Part of the image's name: a change of what goes in makes a new one."""

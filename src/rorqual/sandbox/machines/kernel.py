@@ -39,8 +39,6 @@ MODULES = (
     "vmw_vsock_virtio_transport",
     "erofs",
     "overlay",
-    "kvm_amd",  # these two: for the emulated host of tests/sandbox/nested
-    "tun",
 )
 """Everything that some machine of ours may load (initrd.py picks)."""
 _FETCH_S = 300.0
@@ -88,9 +86,10 @@ def dependencies(module: bytes) -> list[str]:
     return [name.replace("-", "_") for name in text.split(",") if name]
 
 
-def find_kernel(*, cache: Path | None = None) -> Kernel:
+def find_kernel(*, cache: Path | None = None, also: Sequence[str] = ()) -> Kernel:
     """The newest cloud kernel of the cache; taken from /boot, else fetched, when the cache has none (seconds, once).
 
+    also: modules that its copy is to have beside MODULES, in a cache of its own.
     Raises:
         HostUnfit: not an x86-64 host, or there is none and none can be fetched; `fix` is the one command.
     """
@@ -106,10 +105,10 @@ def find_kernel(*, cache: Path | None = None) -> Kernel:
     for release in _releases(Path("/boot"), prefix="vmlinuz-"):
         if "cloud" in release and Path(f"/lib/modules/{release}").is_dir():
             try:
-                return _install(place, Path("/"), release)
+                return _install(place, Path("/"), release, also)
             except (OSError, ValueError) as error:
                 problem = f"/boot/vmlinuz-{release}: {error}; "
-    return _fetch(place, problem)
+    return _fetch(place, problem, also)
 
 
 def _releases(place: Path, *, prefix: str = "") -> list[str]:
@@ -130,7 +129,7 @@ def _at(place: Path, release: str) -> Kernel:
     )
 
 
-def _fetch(place: Path, problem: str) -> Kernel:
+def _fetch(place: Path, problem: str, also: Sequence[str]) -> Kernel:
     """Downloads the package that the archive calls the cloud kernel, without installing it."""
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
     try:
@@ -146,7 +145,7 @@ def _fetch(place: Path, problem: str) -> Kernel:
             raise HostUnfit(f"{problem}`apt-get download {match[1]}` brought no package.", fix=FIX)
         _run(["dpkg-deb", "-x", str(packages[0]), str(building / "root")], building)
         release = match[1].removeprefix("linux-image-")
-        return _install(place, building / "root", release)
+        return _install(place, building / "root", release, also)
     except (OSError, ValueError) as error:
         raise HostUnfit(f"{problem}cannot fetch a guest kernel: {error}.", fix=FIX) from error
     finally:
@@ -173,7 +172,7 @@ def _run(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
-def _install(place: Path, root: Path, release: str) -> Kernel:
+def _install(place: Path, root: Path, release: str, also: Sequence[str] = ()) -> Kernel:
     """Copies what is needed out of `root` (a package's tree, or /). Whole or not at all. Raises OSError, ValueError."""
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
     try:
@@ -187,7 +186,7 @@ def _install(place: Path, root: Path, release: str) -> Kernel:
         )
         (building / "modules").mkdir()
         files = {path.stem.replace("-", "_"): path for path in (tree / "kernel").rglob("*.ko")}
-        wanted = list(MODULES)
+        wanted = [*MODULES, *also]
         while wanted:
             name = wanted.pop()
             target = building / "modules" / f"{name}.ko"
