@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ from rorqual.sandbox.machines.kernel import Kernel
 from rorqual.sandbox.state import cache_dir
 
 _DIRECTORY, _FILE = 0o040755, 0o100755
+_SIGNED = b"~Module signature appended~\n"
 
 
 def initrd(kernel: Kernel, agent: Path, modules: Sequence[str], *, cache: Path | None = None) -> Path:
     """The file, made when missing. Raises HostUnfit when the kernel lacks a module, OSError."""
     files = [("init", agent.read_bytes())]
     for number, path in enumerate(kernel.closure(modules)):
-        files.append((f"modules/{number:02}-{path.name}", path.read_bytes()))
+        files.append((f"modules/{number:02}-{path.name}", unsigned(path.read_bytes())))
     data = newc(files)
     place = (cache or cache_dir()) / "guests"
     place.mkdir(parents=True, exist_ok=True)
@@ -39,6 +41,19 @@ def initrd(kernel: Kernel, agent: Path, modules: Sequence[str], *, cache: Path |
             os.unlink(temporary)
             raise
     return target
+
+
+def unsigned(module: bytes) -> bytes:
+    """A module without its appended signature, whose check takes an emulated CPU 10 ms; this kernel does not insist.
+
+    Layout (include/linux/module_signature.h): module, signature, 12 bytes whose last 4 are the signature's length (big
+    endian), magic.
+    """
+    if not module.endswith(_SIGNED) or len(module) < len(_SIGNED) + 12:
+        return module
+    end = len(module) - len(_SIGNED) - 12
+    (length,) = struct.unpack_from(">I", module, end + 8)
+    return module[: end - length] if length <= end else module
 
 
 def newc(files: Iterable[tuple[str, bytes]]) -> bytes:
