@@ -12,6 +12,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = (
     "sandbox.md",
     "sandbox-images.md",
+    "sandbox-edge.md",
     "sandbox-trajectory.md",
     "sandbox-ports.md",
     "sandbox-pool.md",
