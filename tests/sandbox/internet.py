@@ -52,6 +52,7 @@ ZONE = {
     "metadata.test": ["A 60 169.254.169.254"],
     "half.test": ["A 60 93.184.216.34", "A 60 192.168.7.7"],
     "big.test": ["TXT 60 " + "x" * 200] + [f"TXT 60 {n:03d}{'y' * 190}" for n in range(12)],
+    "loop.test": ["CNAME 60 loop2.test", "CNAME 60 loop.test loop2.test"],
     "www.wild.test": ["A 60 93.184.216.35"],
     "wild.test": ["A 60 93.184.216.35"],
 }

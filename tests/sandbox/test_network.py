@@ -147,6 +147,25 @@ def test_a_name_that_turns_inwards_is_refused(box: Sandbox, world: World) -> Non
     assert "10.1.0.5 is protected" in reasons["rebind.test"] and "169.254.169.254" in reasons["metadata.test"]
 
 
+def test_a_host_that_takes_an_address_is_not_reached_there(world: World) -> None:
+    with Sandbox.create(network=NetworkPolicy(allow=["other.test"])) as box:
+        assert curl(box, "http://other.test/") == "93.184.216.35"
+        world.on_host("ip", "addr", "add", "93.184.216.35/32", "dev", "lan0")
+        try:
+            until(lambda: python(box, "say(connect('93.184.216.35', 8000))") != "open")
+            assert curl(box, "http://other.test/") == UNKNOWN
+        finally:
+            world.on_host("ip", "addr", "del", "93.184.216.35/32", "dev", "lan0")
+        until(lambda: curl(box, "http://other.test/") == "93.184.216.35")
+
+
+def test_a_loop_of_aliases_is_an_error_and_no_more(world: World) -> None:
+    with Sandbox.create(network=NetworkPolicy(allow=["loop.test", "allowed.test"])) as box:
+        assert curl(box, "http://loop.test/") == UNKNOWN
+        assert curl(box, "http://allowed.test/") == "93.184.216.34"
+        assert any("no answer from upstream" in event.reason for event in box.network_log().events)
+
+
 def test_dns_works_over_tcp_and_when_the_answer_is_large(box: Sandbox, world: World) -> None:
     code = """
 import struct

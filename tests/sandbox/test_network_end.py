@@ -148,6 +148,26 @@ def test_kill_9_leaves_nothing(world: World, tmp_path: Path, whom: str) -> None:
     state.run.rmdir()
 
 
+def test_a_kept_sandbox_keeps_its_network_and_its_secrets(world: World) -> None:
+    code = f"""
+from rorqual.sandbox import NetworkPolicy, Sandbox, Secret
+secret = Secret(host="api.test", value="0123456789abcdef", ca={world.ca!r})
+policy = NetworkPolicy(allow=["allowed.test"])
+box = Sandbox.create(network=policy, secrets={{"API": secret}}, keep=True, timeout=60)
+print(box.id)
+box.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    box = Sandbox.connect(done.stdout.strip())
+    try:
+        assert curl(box, "http://allowed.test/") == "93.184.216.34"
+        assert '"at": "93.184.216.34"' in curl(box, secret_url("API") + "/echo")
+        box.update_network("offline")
+        assert curl(box, "http://93.184.216.34/") == REFUSED
+    finally:
+        box.kill()
+
+
 class Wire(threading.Thread):
     """A VMM in little: carries frames between tap0 and a device of a guest with a kernel of its own kind."""
 

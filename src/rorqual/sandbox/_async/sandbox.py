@@ -428,6 +428,8 @@ class AsyncSandbox:
         """
         policy = parse_policy(network)
         session = self._session
+        if self._known("network", {"policy": policy.to_dict()}) is not None:
+            return
         record = await self._record()
         if not record.get("networked"):
             raise Unsupported(

@@ -39,6 +39,7 @@ from rorqual.sandbox.network.resolver import Resolver
 LAST = 65534
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
 _MAX_LINE = 4 << 20
+REFRESH_S = 0.05
 
 
 class Gateway:
@@ -68,18 +69,26 @@ class Gateway:
         self.fixed = bool(resolvers)
         self.proxy: Any = None
         self.uplink = asyncio.Lock()
+        self.refreshing: asyncio.Task[None] | None = None
+        self.stale = False
 
-    def refresh_protected(self) -> None:
-        """Reads the host's addresses and networks. IPv4Network's order: supernets first."""
+    def refresh_protected(self) -> bool:
+        """Reads the host's addresses and networks; True when they are others than before."""
         networks = self.host.networks()
         networks.discard(IPv4Network("0.0.0.0/0"))
         protected = [*PROTECTED, *sorted(networks)]
-        if protected != self.protected:
-            self.rules.run(nft.protect(networks))
-            self.protected = protected
-            for guest in self.guests.values():  # which rules open a part of them may be another matter now
-                if guest.policy.cidrs("allow"):
-                    self.set_policy(guest, guest.policy)
+        if protected == self.protected:
+            return False
+        self.rules.run(nft.protect(networks))
+        self.protected = protected
+        return True
+
+    async def judge_again(self) -> None:
+        """Raises the number of every policy, so that open connections are judged by what is protected now."""
+        for guest in list(self.guests.values()):
+            if guest.id in self.guests:
+                self.set_policy(guest, guest.policy)
+                await asyncio.sleep(0)  # names are answered in between
 
     async def open_addresses(self, guest: Guest, addresses: list[str], ports: Ports, seconds: int) -> None:
         if guest.id not in self.guests:
@@ -240,16 +249,23 @@ class Gateway:
         loop.remove_reader(self.watch)
 
     def _changed(self) -> None:
+        """The host's addresses or routes changed: a burst of messages is read as one."""
         with contextlib.suppress(OSError):
             while self.watch.recv(1 << 16):
                 pass
-        asyncio.get_running_loop().call_later(0.05, self._refresh_quietly)
+        self.stale = True
+        if self.refreshing is None or self.refreshing.done():
+            self.refreshing = asyncio.get_running_loop().create_task(self._refresh())
 
-    def _refresh_quietly(self) -> None:
-        try:
-            self.refresh_protected()
-        except OSError:  # the older set stays in force
-            logging.getLogger(__name__).exception("the host's addresses could not be read")
+    async def _refresh(self) -> None:
+        while self.stale:
+            await asyncio.sleep(REFRESH_S)
+            self.stale = False
+            try:
+                if self.refresh_protected():
+                    await self.judge_again()
+            except OSError:  # the older set stays in force
+                logging.getLogger(__name__).exception("the host's addresses could not be read")
 
     async def _handle(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         ops = {
