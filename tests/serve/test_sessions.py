@@ -206,3 +206,26 @@ def test_a_raw_text_goes_on_from_the_ids_it_was_sampled_as(disk, tokenizer):
         assert tokenizer.decode(prompt[1:]) == longer["prompt"] and any(
             prompt[n : n + 4] == odd for n in range(20)
         )
+
+
+def test_one_offs_do_not_take_the_main_sessions_prefix_while_it_is_warm(engine, tokenizer):
+    room = 6 * engine.pool.layout.held_bytes(400)
+    own = Engine(engine.model, prefill_chunk=64, kv_bytes=room)
+    with running(
+        own, tokenizer, script=lambda prompt: [tokenizer.encode_text("x")[0], 1], kv_bytes=room
+    ) as server:
+        messages = [*HELLO]
+        for turn in range(3):
+            main = ask(server, messages=messages)
+            messages += [main["choices"][0]["message"], {"role": "user", "content": f"And {turn}?"}]
+        for number in range(12):  # each is another agent's only request
+            one = [
+                {"role": "system", "content": f"{number} is your number. " * 30},
+                {"role": "user", "content": "?"},
+            ]
+            assert ask(server, messages=one)["x_v4"]["cache"]["cached_tokens"] == 0
+        assert own.prefixes.statistics().evicted_pages > 4
+        cache = ask(server, messages=messages)["x_v4"]["cache"]
+        assert (cache["tier"], cache["reason"]) == ("ram", "hit")
+        assert cache["cached_tokens"] >= main["usage"]["prompt_tokens"] - 1
+    own.close()
