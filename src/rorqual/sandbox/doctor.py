@@ -24,6 +24,7 @@ from rorqual.sandbox.errors import HostUnfit, SandboxError
 from rorqual.sandbox.images.base import python_home
 from rorqual.sandbox.images.layers import probe
 from rorqual.sandbox.machines.boot_sector import boot_sector
+from rorqual.sandbox.machines.firecracker import FIX, Firecracker, find_jailer
 from rorqual.sandbox.machines.q35 import firmware_files
 from rorqual.sandbox.network.check import check_network
 from rorqual.sandbox.records import Check
@@ -43,6 +44,7 @@ def doctor() -> list[Check]:
         _python(),
         _kvm(),
         _program("qemu", f"qemu-system-{platform.machine()}", f"qemu-system-{_debian_arch()}"),
+        _firecracker(),
         _portal.run(_full_machine()),
         _uefi(),
         _program("cloud-init seeds", "xorriso", "xorriso"),
@@ -53,6 +55,18 @@ def doctor() -> list[Check]:
         _program("newuidmap", "newuidmap", "uidmap"),
     ]
     return checks
+
+
+def _firecracker() -> Check:
+    vmm = Firecracker()
+    try:
+        version = vmm.version()
+        if os.geteuid() == 0 and find_jailer() is None:
+            raise HostUnfit("as root, Firecracker is started through its jailer, and there is none.", fix=FIX)
+        vmm.accelerator()
+    except HostUnfit as error:
+        return Check(name="Firecracker", ok=False, why=error.what, fix=error.fix)
+    return Check(name="Firecracker", ok=True, why=f"{version} booted a guest with KVM", fix="")
 
 
 async def _full_machine() -> Check:
