@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from rorqual.sandbox import _portal, host
@@ -25,6 +26,7 @@ from rorqual.sandbox.images.base import python_home
 from rorqual.sandbox.images.layers import probe
 from rorqual.sandbox.machines.boot_sector import boot_sector
 from rorqual.sandbox.machines.firecracker import FIX, Firecracker, find_jailer
+from rorqual.sandbox.machines.kernel import find_kernel
 from rorqual.sandbox.machines.q35 import firmware_files
 from rorqual.sandbox.network.check import check_network
 from rorqual.sandbox.records import Check
@@ -44,6 +46,8 @@ def doctor() -> list[Check]:
         _python(),
         _kvm(),
         _program("qemu", f"qemu-system-{platform.machine()}", f"qemu-system-{_debian_arch()}"),
+        _guest_kernel(),
+        _portal.run(_microvm()),
         _firecracker(),
         _portal.run(_full_machine()),
         _uefi(),
@@ -55,6 +59,30 @@ def doctor() -> list[Check]:
         _program("newuidmap", "newuidmap", "uidmap"),
     ]
     return checks
+
+
+def _guest_kernel() -> Check:
+    name = "microvm: kernel"
+    try:
+        kernel = find_kernel()
+    except HostUnfit as error:
+        return Check(name=name, ok=False, why=error.what, fix=error.fix)
+    return Check(name=name, ok=True, why=f"{kernel.release}, in {kernel.bzimage.parent}", fix="")
+
+
+async def _microvm() -> Check:
+    name = "microvm"
+    try:
+        start = time.monotonic()
+        async with await AsyncSandbox.create(
+            substrate="microvm", vmm="qemu", memory_mb=128, disk_mb=16, timeout=120
+        ) as sb:
+            release = (await sb.commands.run("uname -r")).stdout.strip()
+            seconds, info = time.monotonic() - start, await sb.info()
+    except SandboxError as error:
+        return Check(name=name, ok=False, why=str(error), fix=getattr(error, "fix", ""))
+    why = f"a machine booted Linux {release} and answered after {seconds:.1f} s; {info.notes[-1]}"
+    return Check(name=name, ok=True, why=why, fix="")
 
 
 def _firecracker() -> Check:
