@@ -11,6 +11,8 @@ need mmdebstrap mmdebstrap
 need newuidmap uidmap
 need ip iproute2
 need mkfs.erofs erofs-utils  # layers: mounted once, shared, on demand
+need qemu-system-x86_64 qemu-system-x86  # machines
+need lz4 lz4  # unpacks their kernel
 need skopeo skopeo  # images from registries
 need nft nftables  # for its library
 [ -e /usr/lib/x86_64-linux-gnu/libc.a ] || [ -e /usr/lib/aarch64-linux-gnu/libc.a ] || missing="$missing libc6-dev"
