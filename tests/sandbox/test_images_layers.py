@@ -19,8 +19,17 @@ from pathlib import Path
 
 import pytest
 
-from rorqual.sandbox import AsyncSandbox, HostUnfit, ImageError, InvalidRequest, LaunchFailed, Sandbox
+from rorqual.sandbox import (
+    AsyncSandbox,
+    HostUnfit,
+    ImageError,
+    InvalidRequest,
+    LaunchFailed,
+    Sandbox,
+    Unsupported,
+)
 from rorqual.sandbox.images import (
+    fetch,
     fetched,
     holder_directory,
     images,
@@ -33,9 +42,11 @@ from rorqual.sandbox.images import (
     root_file_system,
 )
 from rorqual.sandbox.images import layers as layers_module
-from rorqual.sandbox.images.erofs import layers_directory
+from rorqual.sandbox.images.erofs import layers_directory, mount_erofs
 from rorqual.sandbox.images.layers import remove_unused, usable
+from rorqual.sandbox.keeper import linux
 from rorqual.sandbox.loader import client
+from rorqual.sandbox.machines.rootfs import machine_root
 from rorqual.sandbox.state import StateDir
 from tests.sandbox.layer_server import Store, serve
 
@@ -288,6 +299,26 @@ async def test_a_remote_layer_is_used_before_it_is_here(far: tuple[Store, bytes]
     trace = next((server.root / "traces").iterdir())
     assert len(trace.read_bytes()) // 4 == fetched("far").chunks
     trace.unlink()
+
+
+def test_a_remote_layer_is_a_machine_s_disk_once_it_is_here(
+    far: tuple[Store, bytes], state: StateDir
+) -> None:
+    remote(far[0].url, "far")
+    with pytest.raises(Unsupported, match="not all on this host"):
+        machine_root("far", state=state)
+    fetch("far")
+    (disk,) = machine_root("far", state=state).layers
+    assert disk == machine_root("far", state=state).layers[0]
+
+    def look() -> bytes:
+        linux.mount("tmpfs", "/mnt", fstype="tmpfs")
+        mount_erofs(str(disk), "/mnt")
+        return Path("/mnt/opt/far/big").read_bytes()
+
+    assert layers_module.in_private_mounts(look) == far[1]
+    remove_unused(state)
+    assert disk.exists()
 
 
 async def test_a_store_that_goes_away_is_an_io_error_with_a_cause_and_comes_back(

@@ -33,6 +33,8 @@ __all__ = [
     "layers_directory",
     "make_image",
     "mount_erofs",
+    "recall",
+    "remember",
     "run_mkfs",
 ]
 
@@ -72,19 +74,34 @@ def layer_image(directory: str | Path, *, state: StateDir) -> Path:
         HostUnfit: no mkfs.erofs. ImageError: it failed; the message ends with its own words.
         OSError: the directory cannot be read, or the state directory not written.
     """
-    place = layers_directory(state)
-    (place / "by-tree").mkdir(mode=0o700, exist_ok=True)
-    known = place / "by-tree" / _fingerprint(Path(directory))
-    with contextlib.suppress(OSError):
-        name = os.readlink(known)
-        if _NAME.fullmatch(name) and (place / (name + SUFFIX)).is_file():
-            return place / (name + SUFFIX)
+    known = _fingerprint(Path(directory))
     with kept(state):
-        image = make_image(directory, state=state)
-        temporary = f"{known}.{os.getpid()}-{os.urandom(4).hex()}"
-        os.symlink(image.name.removesuffix(SUFFIX), temporary)
-        os.rename(temporary, known)
+        image = recall(known, state=state)
+        if image is None:
+            image = make_image(directory, state=state)
+            remember(known, image, state=state)
     return image
+
+
+def recall(name: str, *, state: StateDir) -> Path | None:
+    """The image that `remember` was told under this name, while it is there. Counts as a use of it."""
+    place = layers_directory(state)
+    known = place / "by-tree" / name
+    with contextlib.suppress(OSError):
+        digest = os.readlink(known)
+        if _NAME.fullmatch(digest) and (place / (digest + SUFFIX)).is_file():
+            os.utime(known, follow_symlinks=False)
+            return place / (digest + SUFFIX)
+    return None
+
+
+def remember(name: str, image: Path, *, state: StateDir) -> None:
+    """Keeps an image that no record names, until nobody has asked for it for 30 days (layers.remove_unused)."""
+    known = layers_directory(state) / "by-tree" / name
+    known.parent.mkdir(mode=0o700, exist_ok=True)
+    temporary = f"{known}.{os.getpid()}-{os.urandom(4).hex()}"
+    os.symlink(image.name.removesuffix(SUFFIX), temporary)
+    os.rename(temporary, known)
 
 
 def make_image(directory: str | Path, *, state: StateDir) -> Path:

@@ -25,7 +25,16 @@ from typing import Any, TypeVar
 from rorqual.sandbox.errors import HostUnfit, ImageError, InvalidRequest
 from rorqual.sandbox.host import find_program
 from rorqual.sandbox.images.base import RootFs
-from rorqual.sandbox.images.erofs import kept, layers_directory, make_image, mount_erofs, run_mkfs
+from rorqual.sandbox.images.erofs import (
+    SUFFIX,
+    kept,
+    layers_directory,
+    make_image,
+    mount_erofs,
+    recall,
+    remember,
+    run_mkfs,
+)
 from rorqual.sandbox.keeper import linux
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.loader import client
@@ -34,6 +43,7 @@ from rorqual.sandbox.state import StateDir
 
 __all__ = [
     "NAME",
+    "disk_image",
     "holder_directory",
     "in_private_mounts",
     "is_layer",
@@ -172,6 +182,31 @@ def mount_lowers(lowers: tuple[str, ...] | list[str], place: str, *, state: Stat
         if (path := linux.below(mounted[name], inside)) is not None:
             found.append(path)
     return found
+
+
+def disk_image(lower: str, *, state: StateDir) -> Path | None:
+    """The one file that a machine gets as its disk for this layer; None for a remote one that is not all here.
+
+    A fetched remote layer, which is two files, is made one, once. Raises HostUnfit, ImageError.
+    """
+    if lower.endswith(SUFFIX):
+        return Path(lower)
+    if not os.path.exists(f"{lower}/complete"):
+        return None
+    place = layers_directory(state)
+    known = f"lazy-{os.path.basename(lower)[:64]}"
+    with kept(state):
+        if (image := recall(known, state=state)) is not None:
+            return image
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
+        try:
+            image = in_private_mounts(
+                lambda: make_image(mount_lowers([lower], str(building), state=state)[0], state=state)
+            )
+        finally:
+            remove_tree(str(building))
+        remember(known, image, state=state)
+    return image
 
 
 def stack(root: RootFs, above: list[tuple[str, RootFs]]) -> RootFs:

@@ -23,7 +23,7 @@ from rorqual.sandbox import images
 from rorqual.sandbox.errors import HostUnfit, ImageError, Unsupported
 from rorqual.sandbox.images import erofs
 from rorqual.sandbox.images.base import base_image
-from rorqual.sandbox.images.layers import is_layer
+from rorqual.sandbox.images.layers import disk_image, is_layer
 from rorqual.sandbox.images.store import BASE_NAMES
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.state import StateDir, cache_dir
@@ -79,13 +79,13 @@ def machine_root(image: str, *, layers: Sequence[str] = (), state: StateDir) -> 
     for lower in lowers:
         if not is_layer(lower):
             found.append(erofs.layer_image(lower, state=state))
-        elif lower.endswith(erofs.SUFFIX):
-            found.append(Path(lower))
+        elif (whole := disk_image(lower, state=state)) is not None:
+            found.append(whole)
         else:
             raise Unsupported(
                 f"image={image!r}",
-                reason=f"{os.path.basename(lower)} is not a whole image here, and a machine's disk must be",
-                available=["substrate='container'", "images.import_oci"],
+                reason="it is not all on this host, and a machine's disk must be",
+                available=["substrate='container'", "images.fetch(name) before"],
             )
     return MachineRoot(layers=tuple(found), envs=root.envs, notes=root.notes)
 
