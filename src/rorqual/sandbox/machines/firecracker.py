@@ -143,6 +143,7 @@ class Firecracker:
             overhead_mb=_OVERHEAD_MB,
             chroot=inside,
             links=inside is None,
+            notes=(_UNJAILED,) if inside is None else (),
         )
 
     async def start(self, boot: Boot, *, vm: Path) -> None:
@@ -230,6 +231,9 @@ def command_line(boot: Boot) -> str:
 
 
 _JAILS = "jail"
+_UNJAILED = (
+    "without root Firecracker has no jailer: it is a process of yours, held by its own seccomp filters"
+)
 _PACKAGE = Path(__file__).resolve().parents[2]
 _BOOTED = "a guest booted with KVM"
 

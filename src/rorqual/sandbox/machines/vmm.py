@@ -65,6 +65,8 @@ class Plan:
     env: dict[str, str] = field(default_factory=lambda: {"PATH": "/usr/bin:/bin"})
     chroot: dict[str, Any] | None = None
     """A jailer of the VMM's own makes the jail and changes the user: the files in its root (keeper/chroot.py)."""
+    notes: tuple[str, ...] = ()
+    """What `info()` is to say about how it is held."""
     links: bool = False
     """Links to the descriptors of `files`, by their names, in the VMM's directory."""
 

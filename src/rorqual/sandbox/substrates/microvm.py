@@ -36,7 +36,13 @@ from rorqual.sandbox.machines.kernel import find_kernel
 from rorqual.sandbox.machines.qemu import Qemu
 from rorqual.sandbox.machines.vmm import Accelerator, Boot, Vmm
 from rorqual.sandbox.network.addresses import GATEWAY, MACHINE, MACHINE_GATEWAY, MACHINE_MAC, MACHINE_PREFIX
-from rorqual.sandbox.network.order import Tap, has_network, network_capabilities, network_order, network_record
+from rorqual.sandbox.network.order import (
+    Tap,
+    has_network,
+    network_capabilities,
+    network_order,
+    network_record,
+)
 from rorqual.sandbox.network.secret import secret_envs
 from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
@@ -163,6 +169,7 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
     memory_limit = boot.memory_mb + plan.overhead_mb << 20 if cgroup else None
     record |= {
         "id": sandbox_id,
+        "notes": [*record["notes"], *plan.notes],
         "directory": str(directory),
         "substrate": spec.substrate,
         "image": spec.image,
@@ -214,7 +221,9 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
         request = keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=f"its VMM: {error}")
         await asyncio.shield(asyncio.wrap_future(request))
         verdicts: list[str] = []
-        keeper.watch(sandbox_id, lambda cause, detail: verdicts.append(detail))  # known by now, so told at once
+        keeper.watch(
+            sandbox_id, lambda cause, detail: verdicts.append(detail)
+        )  # known by now, so told at once
         if isinstance(error, SandboxError):
             detail = "; ".join(dict.fromkeys([str(error), *verdicts]))
             raise LaunchFailed(sandbox_id, stage="vmm", detail=detail) from error
