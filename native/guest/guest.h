@@ -10,6 +10,7 @@
  *   files.c    file calls
  *   tcp.c      connections of the host to ports of the sandbox
  *   refresh.c  a restored machine gets its own entropy, names and clock
+ *   relay.c    one client's bytes, for a runtime that hands no socket in
  *   vsock.c    the listening socket of a machine
  *   wire.c     the protocol's bytes (pure)
  *
@@ -201,6 +202,9 @@ void tcp_reap(void);
 /* refresh.c */
 extern bool owns_kernel; /* we are a machine's agent: its clock and host name are ours to set */
 void refresh(struct conn *c, uint32_t id, struct reader *r);
+
+/* relay.c */
+int relay(const char *path);
 
 /* vsock.c */
 int vsock_listen(uint32_t port); /* -1: errno */

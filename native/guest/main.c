@@ -2,6 +2,7 @@
  *
  * usage: rorqual-guest (--listen-fd N | --socket PATH | --vsock PORT | --ports N) [--own-kernel] [--boot-env NAME=VALUE]...
  *        [--machine and its options, see boot.c]
+ *        rorqual-guest --relay PATH
  *
  * Owns arguments, the listening socket, signals, the epoll loop. As PID 1 (or subreaper, elsewhere) it reaps every
  * orphan. SIGTERM from outside the namespace kills all commands and exits 0; SIGTERM from a process inside is ignored,
@@ -120,6 +121,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--vsock") && i + 1 < argc) port = (uint32_t)strtoul(argv[++i], NULL, 10);
         else if (!strcmp(argv[i], "--ports") && i + 1 < argc) ports = (uint32_t)strtoul(argv[++i], NULL, 10);
         else if ((used = boot_option(argc - i, argv + i)) > 0) i += used - 1;
+        else if (!strcmp(argv[i], "--relay") && i + 1 < argc && argc == 3) return relay(argv[++i]);
         else if (!strcmp(argv[i], "--own-kernel")) owns_kernel = true;
         else if (!strcmp(argv[i], "--boot-env") && i + 1 < argc && strchr(argv[i + 1], '=')) boot_env(argv[++i]);
         else if (!strcmp(argv[i], "--version")) return puts(AGENT_VERSION) < 0;
@@ -163,7 +165,7 @@ int main(int argc, char **argv) {
     socklen_t size = sizeof type;
     if (ports) {
         if (!ports_open(ports)) die("virtio-serial ports");
-    } else if (getsockopt(listen_fd, SOL_SOCKET, SO_ACCEPTCONN, &type, &size) || type != one) {
+    } else if (!path && (getsockopt(listen_fd, SOL_SOCKET, SO_ACCEPTCONN, &type, &size) || type != one)) {
         fprintf(stderr, "rorqual-guest: fd %d is not a listening socket\n", listen_fd);
         return 1;
     }

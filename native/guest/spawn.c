@@ -265,11 +265,20 @@ bad:;
     return false;
 }
 
+/* For a kernel without TIOCGPTPEER (gVisor's of 2022). */
+static int pty_by_name(int master) {
+    unsigned n;
+    char name[32];
+    if (ioctl(master, TIOCGPTN, &n)) return -1;
+    snprintf(name, sizeof name, "/dev/pts/%u", n);
+    return open(name, O_RDWR | O_NOCTTY | O_CLOEXEC | O_NOFOLLOW);
+}
+
 static bool open_terminal(struct command *cmd, const struct start_request *req, const struct identity *who, int theirs[3]) {
     int unlock = 0, slave = -1, twin = -1, master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
     if (master < 0) return false;
     if (ioctl(master, TIOCSPTLCK, &unlock) ||
-        (slave = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC)) < 0 ||
+        ((slave = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC)) < 0 && (slave = pty_by_name(master)) < 0) ||
         (twin = fcntl(master, F_DUPFD_CLOEXEC, 3)) < 0) {
         int saved = errno;
         close(master);

@@ -241,8 +241,8 @@ async def main():
     if point == "after end": before(commands.AsyncCommandHandle, "_result")
     if point == "after result":
         real = commands.AsyncCommandHandle._result
-        def result(self, exit_):
-            real(self, exit_)
+        def result(self, *args, **kwargs):
+            real(self, *args, **kwargs)
             self._session.log.close()
             die()
         commands.AsyncCommandHandle._result = result

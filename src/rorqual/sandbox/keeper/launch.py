@@ -246,7 +246,7 @@ def run(
         # Made here, so that a rootless runtime, which is another user, does not make it unreadable to the keeper.
         os.close(os.open(directory + "/init.pid", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
         stage = "agent socket"
-        listener = listen(directory, "guest.sock")
+        listener = listen(directory, "guest.sock") if not order.get("door") else None
         if order["userns"]:
             stage = "user namespace"
             enter_userns(order["userns"]["uid_map"], order["userns"]["gid_map"])
@@ -260,7 +260,9 @@ def run(
         with open(BUNDLE + "/config.json", "w", encoding="utf-8") as file:
             json.dump(order["config"], file)
         stage = "runtime"
-        if listener.fileno() != GUEST_FD:
+        if listener is None:
+            pass  # the keeper listens, and has a relay started for each client (door.py)
+        elif listener.fileno() != GUEST_FD:
             os.dup2(listener.fileno(), GUEST_FD, inheritable=True)
         else:
             os.set_inheritable(GUEST_FD, True)

@@ -20,7 +20,7 @@ import sys
 import time
 from typing import Any
 
-from rorqual.sandbox.keeper import cgroups, holds, launch, leases, linux, machine, network, quick
+from rorqual.sandbox.keeper import cgroups, door, holds, launch, leases, linux, machine, network, quick
 from rorqual.sandbox.keeper.removal import remove_tree
 
 MAX_LINE = 4 << 20
@@ -61,6 +61,7 @@ class Entry:
         """Where the launcher hands over `disk`."""
         self.disk: int | None = None
         """Descriptor of the directory with the overlays' upper layers, which no path leads to."""
+        self.door: door.Door | None = None
         self.leases: list[int] = []
         self.hold: holds.Hold | None = None
         self.stillness = (False, False)
@@ -80,6 +81,7 @@ class Keeper:
         self.limit = max(2, 2 * len(os.sched_getaffinity(0)))
         self.strays: dict[int, int] = {}
         self.idmaps = launch.Idmaps() if os.geteuid() == 0 else None
+        self.doors = door.Doors()
         self.nudge = quick.Nudge()
         self.sealed = quick.Sealed()
         self.owner_alive = True
@@ -160,6 +162,10 @@ class Keeper:
                         self.selector.unregister(key.data.fd)
                 elif isinstance(key.data, Entry):
                     self.machine_runs(key.data)
+                elif isinstance(key.data, door.Door):
+                    self.doors.knock(key.data)
+                    if not key.data.open:  # watched again when a relay has ended
+                        self.selector.modify(key.data.listener, 0, key.data)
                 elif isinstance(key.data, network.Gateway):
                     self.networks.read(key.data)
             self.holds.tick()
@@ -325,6 +331,10 @@ class Keeper:
                 return
             if self.holds.reaped(pid, status) or self.networks.reaped(pid):
                 continue
+            if (left := self.doors.reaped(pid)) is not None:
+                if not left.closed:
+                    self.selector.modify(left.listener, selectors.EVENT_READ, left)
+                continue
             entry = self.by_pid.pop(pid, None)
             if entry is None:
                 if len(self.strays) < 1024:
@@ -369,6 +379,9 @@ class Keeper:
                 entry.disk = fds[0] if fds else None
             with open(entry.directory + "/init.pid", encoding="ascii") as file:
                 entry.init_pid = int(file.read())
+            if entry.order.get("door"):
+                entry.door = door.Door(entry.directory, entry.order["door"])
+                self.selector.register(entry.door.listener, selectors.EVENT_READ, entry.door)
             for name, value in entry.order["rlimits"].items():
                 # Allowed: we own the user namespace it runs in. Its commands inherit them.
                 resource.prlimit(entry.init_pid, getattr(resource, name), (value, value))
@@ -473,6 +486,9 @@ class Keeper:
         self.entries.pop(entry.id, None)
         self.by_pid.pop(entry.init_pid, None)
         self.holds.ended(entry)
+        if entry.door is not None:
+            self.selector.unregister(entry.door.listener)
+            entry.door.close()
         self.networks.drop(entry)
         if entry.channel is not None:
             entry.channel.close()

@@ -28,6 +28,7 @@ from rorqual.sandbox.network.order import guest_files, network_capabilities, net
 from rorqual.sandbox.network.secret import secret_envs
 from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
+from rorqual.sandbox.substrates import gvisor
 from rorqual.sandbox.substrates.base import Launched, run_order
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ class Container:
         self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
     ) -> Launched:
         plan = host.plan()
-        if spec.runtime:
+        if spec.runtime == gvisor.NAME:
+            plan = gvisor.plan(spec, plan)
+        elif spec.runtime:
             names = [name for name, _ in plan.runtimes]
             plan = plan.with_runtime(spec.runtime)
             if not plan.runtimes:
@@ -193,7 +196,7 @@ async def start(order: dict[str, Any], plan: host.HostPlan, keeper: KeeperClient
         expires=answer["expires"],
         runtime=plan.runtimes[0][0],
         envs=record["envs"],
-        limits=record["limits"] | {"memory": holder, "pids": holder},
+        limits={"memory": holder, "pids": holder} | record["limits"],
         notes=tuple(record["notes"]),
         oom_kills=cgroups.OomCounter(cgroup).read,
     )
@@ -261,7 +264,7 @@ def launch_order(
         "--preserve-fds",
         "1",
     ]
-    return {
+    order: dict[str, Any] = {
         "id": sandbox_id,
         "directory": str(directory),
         "keep": spec.keep,
@@ -330,6 +333,7 @@ def launch_order(
             "notes": [*plan.notes, *root.notes],
         },
     }
+    return gvisor.adapt(order) if runtime == gvisor.NAME else order
 
 
 def _bind(source: str, target: str, *, readonly: bool) -> dict[str, Any]:
