@@ -382,6 +382,15 @@ async def test_a_restarted_client_is_answered_from_the_edges_log_and_nothing_run
     await again.files.write("f", "text")
     taken = await again.commands.run("sleep 1; echo done", background=True)
     assert taken.id == running.id and (await taken.wait()).stdout == "done\n"
+    left = await again.commands.run("sleep 1; echo left", background=True)
+    await again.close()  # a hold that goes while its command runs: the edge follows it to the end
+
+    async def logged() -> bool:
+        rows = await AsyncSandbox.logged(first.id, edge=edge.socket)
+        return next(row for row in rows if row.seq == left.seq).stdout == b"left\n"
+
+    await until(logged)
+    again = await AsyncSandbox.connect(first.id, edge=edge.socket)
     assert (await again.commands.run("wc -l < log")).stdout == "1\n"
     with pytest.raises(Unsupported, match="through an edge"):
         _ = again.ports

@@ -25,7 +25,7 @@ async def settle(sandbox: AsyncSandbox) -> int:
     try:
         for info in await session.guest.list() if unfinished else ():
             seq = session.seq_of(info.tag)
-            if seq not in unfinished:
+            if seq not in unfinished or info.pid in session.processes:
                 continue
             try:
                 process = await session.guest.attach(info.pid)

@@ -23,9 +23,9 @@ from rorqual.sandbox._remote_methods import Method, methods
 from rorqual.sandbox.edge.edge import Edge
 from rorqual.sandbox.errors import InvalidRequest, Unsupported
 
-INSIDE = frozenset({"envs", "metadata", "workdir", "python", "require", "network"})
+INSIDE = frozenset({"envs", "metadata", "workdir", "require", "network", "cloud_init", "console"})
 """Arguments of `create` whose strings are not paths of this host."""
-SECRET = frozenset({"envs", "secrets", "stdin"})
+SECRET = frozenset({"envs", "secrets", "stdin", "cloud_init", "console"})
 """Arguments whose values no error text repeats."""
 
 

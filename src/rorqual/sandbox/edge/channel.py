@@ -20,6 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from rorqual.sandbox._async.sandbox import AsyncSandbox, AsyncTrajectory
 from rorqual.sandbox._remote_channel import HEAD
 from rorqual.sandbox._remote_codec import encode, encode_error
+from rorqual.sandbox.edge.adopt import settle
 from rorqual.sandbox.edge.audit import audit
 from rorqual.sandbox.edge.calls import arguments, call, create_arguments, create_model_of_sandbox, model_of
 from rorqual.sandbox.edge.edge import Edge
@@ -96,6 +97,11 @@ class Channel:
             self.edge.keep(task)
         if self.hold is not None:
             await self.hold.close()
+            if self.edge.is_live(self.sandbox_id):  # what it had begun gets its result by the edge's own hold
+                self.edge.keep(asyncio.create_task(self._settle()))
+
+    async def _settle(self) -> None:
+        await settle(await self.edge.held(self.sandbox_id))
 
     # -- messages
 
