@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from rorqual.sandbox import (
     UnknownOutcome,
 )
 from rorqual.sandbox import trajectory as trajectories
-from rorqual.sandbox._forward import Forward
+from rorqual.sandbox._forward import IDENTITY, Forward
 from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.trajectory import TrajectoryEntry
 
@@ -150,6 +151,16 @@ def test_rows_match_in_order_unless_they_overlapped() -> None:
         taken = forward.take("read", {"path": path})
         assert taken is not None and taken.seq == seq
     assert forward.take("read", {"path": "/e"}) is None and len(forward) == 0
+
+
+def test_every_kind_of_call_that_is_logged_is_matched_when_it_is_asked_again() -> None:
+    texts = [path.read_text() for path in (ROOT / "src/rorqual/sandbox/_async").glob("*.py")]
+    texts.append((ROOT / "src/rorqual/sandbox/_reattach.py").read_text())
+    kinds = {kind for text in texts for kind in re.findall(r'begin\([^)]*?kind="(\w+)"', text)}
+    kinds |= {kind for text in texts for kind in re.findall(r'_(?:change|noted|look)\(\s*"(\w+)"', text)}
+    assert {"command", "stdin", "write", "rename", "read", "stat", "fork", "network"} <= kinds
+    asked = {kind for text in texts for kind in re.findall(r'(?:_known|forwarded)\(\s*"(\w+)"', text)}
+    assert kinds - set(IDENTITY) <= {"created", "adopted"} and asked <= set(IDENTITY)
 
 
 async def test_a_read_is_what_it_was_although_the_file_has_changed(

@@ -27,6 +27,8 @@ IDENTITY: Mapping[str, tuple[str, ...]] = {
     "read": ("path",),
     "list": ("path",),
     "stat": ("path",),
+    "network": ("policy",),
+    "set_memory": ("memory_mb",),
     "set_timeout": (),
     "pause": (),
     "resume": (),

@@ -573,6 +573,8 @@ class AsyncSandbox:
         Raises:
             Unsupported: not a machine with a balloon. InvalidRequest: more than it was created with.
         """
+        if (known := self._known("set_memory", {"memory_mb": memory_mb})) is not None:
+            return int(known["memory_mb"])
         record = await self._ready("balloon")
         kind: Any = substrate(record["substrate"])
         seq = await self._session.log.begin(
