@@ -16,6 +16,7 @@ from rorqual.engine import (
     SequenceFileError,
     WindowStrategy,
 )
+from rorqual.engine.sequence import replay_tokens
 from rorqual.model.packed import PackedWeights
 
 
@@ -351,3 +352,68 @@ def test_a_long_prompt_is_kept_on_the_way(engine, prompt, tmp_path):
     assert got == {0: _alone(engine, prompt(500), _params(0, 3))}
     batch.remove(0)
     again.close()
+
+
+@pytest.mark.parametrize("cache_format", ["exact", "packed"])
+def test_a_prefix_without_its_windows_is_replayed_in_turns(engine, prompt, tmp_path, cache_format):
+    options = {
+        "store": tmp_path,
+        "window": WindowStrategy.ZERO,
+        "prefill_chunk": 16,
+        "cache_format": cache_format,
+    }
+    with_one = Engine(engine.model, **options)
+    with_one.keep(with_one.open(prompt(400)).paged)
+    with_one.close()
+    again = Engine(engine.model, **options)
+    batch = Batch(again)
+    batch.add({0: prompt(20, seed=1)}, {0: _params(0, 60)})
+    while not batch.step():
+        pass
+    batch.add({1: prompt(400)}, {1: _params(1, 5)})
+    steps, got = 0, {0: [], 1: []}
+    while not got[1]:
+        for event in batch.step():
+            got[event.key].append(event.token_id)
+        steps += 1
+    match = batch.found(1).match
+    assert (match.tokens, match.replay) == (384, replay_tokens(again.pool.layout))
+    assert steps >= match.replay // 16 and len(got[0]) == steps  # the other went on all the while
+    for key, tokens in _drain(batch).items():
+        got[key] += tokens
+    assert got[1] == _alone(again, prompt(400), _params(1, 5))
+    batch.add({2: [*prompt(384), 5, 6]}, {2: _params(2, 5)})  # and one that leaves in the middle of it
+    batch.step()
+    batch.remove(2)
+    for key in (0, 1):
+        batch.remove(key)
+    again.pool.check_integrity([again.prefixes.held_pages()], slabs=[])
+    again.close()
+
+
+def test_a_replay_that_is_put_off_is_made_up_for_by_whatever_comes_first(engine, prompt, tmp_path):
+    options = {"store": tmp_path, "window": WindowStrategy.ZERO, "prefill_chunk": 16}
+    first = Engine(engine.model, **options)
+    first.keep(first.open(prompt(400)).paged)
+    first.close()
+    plain = Engine(engine.model, prefix_cache=False)
+    for act in ("append", "fork", "rewind", "half", "freeze"):
+        again = Engine(engine.model, **options)
+        sequence = again.find(prompt(400), defer=True).sequence
+        assert sequence.length == 384 and sequence.replay_left > 0
+        if act == "half":
+            segment = sequence.replay_segment(10)
+            again.runner.forward([segment])
+            sequence.replay_done(len(segment.tokens))
+        elif act == "fork":
+            sequence = sequence.fork()
+        elif act == "rewind":
+            sequence.rewind(300)
+        elif act == "freeze":
+            sequence.freeze()
+        logits = sequence.append(prompt(400)[sequence.length :])
+        with plain.begin(prompt(400)) as whole:
+            expected = whole.append(prompt(400))
+        assert torch.equal(logits, expected) and sequence.replay_left == 0
+        sequence.close()
+        again.close()

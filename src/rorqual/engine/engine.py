@@ -257,12 +257,12 @@ class Engine:
         """A sequence that holds the longest cached prefix of `ids`, at most all but the last token. CacheFull."""
         return self.find(ids, space=space).sequence
 
-    def find(self, ids: Sequence[int], *, space: str = "") -> Found:
-        """As `begin`, with what was found and where. Raises CacheFull."""
+    def find(self, ids: Sequence[int], *, space: str = "", defer: bool = False) -> Found:
+        """As `begin`, with what was found and where; defer: nothing is replayed yet. Raises CacheFull."""
         if self.prefixes is None:
             return Found(PagedSequence(self.paging), Match(tokens=0, replay=0, known=0, reason="off"), 0)
         loaded = self._load_prefix(ids, space) if self.store is not None else 0
-        sequence, match = self.prefixes.open(self.paging, ids, space=space)
+        sequence, match = self.prefixes.open(self.paging, ids, space=space, defer=defer)
         return Found(sequence, match, min(loaded, match.tokens))
 
     def _load_prefix(self, ids: Sequence[int], space: str) -> int:

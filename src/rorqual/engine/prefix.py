@@ -111,11 +111,17 @@ class PrefixTree:
         return self._match(self._path(ids, space), ids, space, max_replay)
 
     def open(
-        self, paging: Paging, ids: Sequence[int], *, space: str = "", max_replay: int | None = None
+        self,
+        paging: Paging,
+        ids: Sequence[int],
+        *,
+        space: str = "",
+        max_replay: int | None = None,
+        defer: bool = False,
     ) -> tuple[PagedSequence, Match]:
         """A sequence that holds the longest usable prefix of `ids` (maybe nothing), and the match.
 
-        Raises CacheFull.
+        defer: what is to be replayed is left to the caller (`PagedSequence.adopt`). Raises CacheFull.
         """
         path = self._path(ids, space)
         match = self._match(path, ids, space, max_replay)
@@ -130,7 +136,7 @@ class PrefixTree:
             sequence = PagedSequence(paging)
             try:
                 if nodes:
-                    sequence.adopt(ids[: match.tokens], match.pages, snapshots=match.snapshots)
+                    sequence.adopt(ids[: match.tokens], match.pages, snapshots=match.snapshots, defer=defer)
                     if match.tokens % PAGE_TOKENS:
                         sequence.snapshots.pop(
                             match.tokens, None

@@ -93,6 +93,11 @@ class Row:
         return count
 
     @property
+    def replaying(self) -> bool:
+        """Whether its next call rebuilds windows instead of feeding."""
+        return self.sequence is not None and self.sequence.replay_left > 0
+
+    @property
     def precedence(self) -> tuple[int, int]:
         """Smaller goes first."""
         return (-self.priority, self.order)
@@ -200,19 +205,25 @@ class Scheduler:
         segments = []
         for row, ids in calls:
             assert row.sequence is not None
+            if row.replaying:
+                segments.append(row.sequence.replay_segment(len(ids)))
+                continue
             wanted = "last" if len(ids) == len(row.pending) else "none"
             segments.append(row.sequence.segment(ids, logits=wanted))  # type: ignore[arg-type]
         try:
             logits = self.engine.runner.forward(segments)
         except BaseException:
             for row, ids in calls:
-                if row.sequence is not None:
+                if row.sequence is not None and not row.replaying:
                     row.sequence.failed(len(ids))
             raise
         drawing, picks = list[Row](), list[int]()
         number = 0
         for row, ids in calls:
             assert row.sequence is not None
+            if row.replaying:
+                row.sequence.replay_done(len(ids))
+                continue
             before = row.length
             row.sequence.advance(ids)
             for _ in ids:
@@ -261,7 +272,7 @@ class Scheduler:
         return started
 
     def _plan(self) -> list[tuple[Row, list[int]]]:
-        """Rows of this step, in the pool and with pages for the tokens they bring."""
+        """Rows of this step, in the pool and with pages for the tokens they bring (or replay)."""
         ready = [row for row in self.rows.values() if not row.waiting and row.pending and row.leader is None]
         ready.sort(key=lambda row: row.precedence)
         self._steps += 1
@@ -287,7 +298,7 @@ class Scheduler:
             if ids:
                 calls.append((row, ids))
                 chosen.add(row)
-                if len(ids) > 1:
+                if len(ids) > 1 or row.replaying:
                     budget -= len(ids)
                     row.turn = self._steps
         return calls
@@ -299,6 +310,10 @@ class Scheduler:
         self._in_pool(row, chosen)
         sequence = row.sequence
         assert sequence is not None
+        if (
+            sequence.replay_left
+        ):  # what was found without its windows is made whole in turns, as a prompt is fed
+            return [] if budget <= 0 else sequence.replay_segment(budget).tokens.tolist()
         count = sequence.chunk(min(len(row.pending), budget)) if len(row.pending) > 1 else 1
         count = row.bounded(count, slack=sequence.layout.slack)
         self._with_room(row, chosen, lambda: sequence.reserve(count))
@@ -315,10 +330,10 @@ class Scheduler:
                 row.pending.extendleft(reversed(spilled.token_ids))
         elif self.prefixes:
             ids = list(row.pending)
-            found = self._with_room(row, chosen, lambda: engine.find(ids, space=row.space))
+            found = self._with_room(row, chosen, lambda: engine.find(ids, space=row.space, defer=True))
             self._unpin(row)
             row.sequence, row.found, row.from_disk = found.sequence, found.match, found.from_disk
-            row.warm = 2 * row.sequence.length >= len(ids)
+            row.warm, row.kept = 2 * row.sequence.length >= len(ids), row.sequence.length
             for _ in range(row.sequence.length):
                 row.pending.popleft()
         else:
@@ -366,6 +381,6 @@ class Scheduler:
 
 def _in_turn(ready: Sequence[Row]) -> list[Row]:
     """Decoding rows by precedence, then those with more to feed, by priority and who was fed longest ago."""
-    decoding = [row for row in ready if len(row.pending) == 1]
-    feeding = [row for row in ready if len(row.pending) > 1]
+    decoding = [row for row in ready if len(row.pending) == 1 and not row.replaying]
+    feeding = [row for row in ready if len(row.pending) > 1 or row.replaying]
     return decoding + sorted(feeding, key=lambda row: (-row.priority, row.turn, row.order))

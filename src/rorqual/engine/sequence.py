@@ -73,6 +73,9 @@ class PagedSequence:
         self._high = 0  # the furthest position written since the rings were last whole
         self._low = 0  # the head may stand at this position or above without a restore
         self._table = np.empty(0, dtype=np.int32)  # `pages`, as the runner reads them
+        self._replay: tuple[int, int, int] | None = (
+            None  # of a deferred one: where it is, began, is exact from
+        )
         self._finalizer = weakref.finalize(self, self.pool.drop_later, self.pages, self.slab)
         self._finalizer.atexit = False
 
@@ -248,12 +251,18 @@ class PagedSequence:
         return self._restore(position) if position < self._low else 0
 
     def adopt(
-        self, tokens: Sequence[int], pages: Sequence[int], *, snapshots: Iterable[Snapshot] = ()
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        *,
+        snapshots: Iterable[Snapshot] = (),
+        defer: bool = False,
     ) -> int:
         """Makes an empty sequence hold `tokens`, whose entries lie in `pages` (shared from now on).
 
         From the last of `snapshots` (none beyond the tokens) the rest is replayed; without one, as much as the rings
-        need. Returns how many tokens were replayed.
+        need. Returns how many tokens were replayed. defer: none are, whoever asked feeds `replay_segment`s until
+        `replay_left` is 0 (anything else done to the sequence before that replays them at once).
         """
         assert not self.token_ids and not self.pages, "only an empty sequence takes over a prefix"
         assert len(pages) == self.layout.pages(len(tokens)), "a page for every 128 tokens"
@@ -263,10 +272,37 @@ class PagedSequence:
         self.token_ids = list(tokens)
         self.snapshots = {snapshot.position: snapshot for snapshot in snapshots}
         self._low = self.length + 1
-        return self._restore(self.length)
+        if not defer:
+            return self._restore(self.length)
+        at, exact_from = self._prepare(self.length)
+        self._replay = (at, at, exact_from)
+        self.replay_done(0)
+        return 0
 
-    def _restore(self, position: int) -> int:
-        """Makes the rings right for a head at `position` = length. Returns the tokens replayed."""
+    @property
+    def replay_left(self) -> int:
+        """Tokens of a deferred replay that are still to be fed."""
+        return 0 if self._replay is None else self.length - self._replay[0]
+
+    def replay_segment(self, most: int) -> Segment:
+        """The next call of a deferred replay, of at most `most` tokens; afterwards tell `replay_done`."""
+        assert self._replay is not None and most > 0
+        at = self._replay[0]
+        end = min(at + min(most, self.paging.prefill_chunk), self.length)
+        ids = np.asarray(self.token_ids[at:end], dtype=np.int64)
+        return Segment(ids, at, self._table, self.slab, "none", frozen=True)
+
+    def replay_done(self, count: int) -> None:
+        """A call of a deferred replay went through."""
+        assert self._replay is not None
+        at, start, exact_from = self._replay
+        self._replay = (at + count, start, exact_from)
+        if not self.replay_left:
+            self._restored(self.length, start, exact_from)
+
+    def _prepare(self, position: int) -> tuple[int, int]:
+        """Puts into the rings what a replay up to `position` starts from: where that is, and from where it is exact."""
+        self._replay = None
         slab = self.pool.slab(self.slab)
         at = max((p for p in self.snapshots if p <= position), default=0)
         blind = max(position - replay_tokens(self.layout), 0)
@@ -277,15 +313,25 @@ class PagedSequence:
         elif at in self.snapshots:
             self.snapshots[at].restore(self.layout, slab)
         self._low = position + 1  # until the replay is through
+        return at, exact_from
+
+    def _restored(self, position: int, start: int, exact_from: int) -> None:
+        """The replay from `start` is through."""
+        self._replay = None
+        self._high = position
+        self._low = max(exact_from, position - self.layout.slack - 1)
+        self.replayed += position - start
+
+    def _restore(self, position: int) -> int:
+        """Makes the rings right for a head at `position` = length. Returns the tokens replayed."""
+        at, exact_from = self._prepare(position)
         start = at
         while at < position:
             end = min(at + self.paging.prefill_chunk, position)
             ids = np.asarray(self.token_ids[at:end], dtype=np.int64)
             self.paging.runner.forward([Segment(ids, at, self._table, self.slab, "none", frozen=True)])
             at = end
-        self._high = position
-        self._low = max(exact_from, position - self.layout.slack - 1)
-        self.replayed += position - start
+        self._restored(position, start, exact_from)
         return position - start
 
     def close(self) -> None:
