@@ -296,9 +296,14 @@ async def test_a_remote_layer_is_used_before_it_is_here(far: tuple[Store, bytes]
         assert (await sb.commands.run("cat /opt/far/small")).stdout == "small\n"
     assert len(server.ranges) == asked
     wait_for(lambda: publish_trace("far", server.root) > 0)
-    trace = next((server.root / "traces").iterdir())
+    (trace,) = (server.root / "traces").iterdir()
     assert len(trace.read_bytes()) // 4 == fetched("far").chunks
-    trace.unlink()
+    remove_image("far")
+    remote(server.url, "far")  # as a host that has never seen it
+    assert fetched("far").here == 0
+    async with await AsyncSandbox.create(layers=["far"]) as sb:
+        assert (await sb.commands.run("cat /opt/far/small")).stdout == "small\n"
+        wait_for(lambda: fetched("far").here == fetched("far").chunks)  # nobody has read them
 
 
 def test_a_remote_layer_is_a_machine_s_disk_once_it_is_here(

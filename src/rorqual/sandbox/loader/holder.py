@@ -55,6 +55,8 @@ class Holder:
         os.mkdir(f"{self.place}/remote", 0o700)
         self.mounted: dict[str, str] = {}
         """Layer -> how it is mounted: 'file', 'loop' or 'lazy'."""
+        self.identities: dict[str, tuple[int, int]] = {}
+        """Layer -> device and inode of what was mounted."""
         self.fuse_fd: int | None = None
         self.can_resend = False
         self.worker = 0
@@ -174,10 +176,13 @@ class Holder:
         if not NAME.fullmatch(name):
             raise ValueError(f"{name[:80]!r} is not the name of a layer")
         source, target = f"{self.layers}/{name}", f"{self.place}/{name}"
-        if name in self.mounted:
-            return
-        if not os.path.exists(source):
+        identity = _identity(source)
+        if identity is None:
             raise FileNotFoundError(2, f"layer {name[:12]} is not on this host: {source}")
+        if name in self.mounted:
+            if self.identities[name] == identity:
+                return
+            self.forget(name)  # removed, and here again
         with contextlib.suppress(FileExistsError):
             os.mkdir(target, 0o700)
         if name.endswith(".erofs"):
@@ -188,6 +193,7 @@ class Holder:
             self.serve()
             self.mount_lazy(f"{source}/meta.erofs", target, f"{self.place}/remote/{name}")
             self.mounted[name] = "lazy"
+        self.identities[name] = identity
 
     def mount_lazy(self, meta: str, target: str, data: str) -> None:
         """In a child: the mount waits for the loader, and when that dies, we are the one who starts the next."""
@@ -214,10 +220,14 @@ class Holder:
 
     def forget_removed(self) -> None:
         """Lets go of layers that were removed from the store; sandboxes that have them keep them."""
-        for name in [name for name in self.mounted if not os.path.exists(f"{self.layers}/{name}")]:
-            linux.umount(f"{self.place}/{name}")
-            os.rmdir(f"{self.place}/{name}")
-            del self.mounted[name]
+        for name in list(self.mounted):
+            if _identity(f"{self.layers}/{name}") != self.identities[name]:
+                self.forget(name)
+
+    def forget(self, name: str) -> None:
+        linux.umount(f"{self.place}/{name}")
+        os.rmdir(f"{self.place}/{name}")
+        del self.mounted[name], self.identities[name]
 
     # -- the loader
     # ------------------------------------------------------------------------------------------------
@@ -288,6 +298,14 @@ class Holder:
             self.events.report("loader", detail=f"reads under way are lost: {error}")
             return False
         return True
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def main() -> None:
