@@ -32,7 +32,7 @@ from rorqual.sandbox.host import find_program
 from rorqual.sandbox.images.debian import PACKAGE, codename
 from rorqual.sandbox.keeper.removal import remove_tree
 from rorqual.sandbox.machines import boot_disk
-from rorqual.sandbox.machines.agent_service import agent_files
+from rorqual.sandbox.machines.agent_service import BINARY, agent_files
 from rorqual.sandbox.state import cache_dir
 
 KERNEL = "linux-image-cloud-amd64"
@@ -74,7 +74,8 @@ def build_debian_disk(
 ) -> DiskImage:
     """A disk with a minimal Debian and these packages; `create(substrate="fullvm", image=name)` starts it.
 
-    Returns the one that is there when it was built from the same arguments; `rebuild` makes it anew. size_mb: what the
+    Returns the one that is there when it was built from the same arguments, with this version's agent; `rebuild` makes
+    it anew. size_mb: what the
     machine sees, at least 700; the file holds what is used. progress: called with a line at each step.
 
     Raises:
@@ -97,7 +98,8 @@ def build_debian_disk(
         "size_mb": size_mb,
         "suite": suite,
         "mirror": mirror,
-        "files": _digest({**_settings(""), **files}),
+        "files": _digest({name: item for name, item in {**_settings(""), **files}.items() if name != BINARY}),
+        "agent": _digest({BINARY: files[BINARY]}) if agent else "",
     }
     guests = _guests()
     with _locked(guests / f".{name}.lock"):
@@ -115,18 +117,35 @@ def build_debian_disk(
         as_owner = [] if os.geteuid() == 0 else [program, "--unshare-helper"]
         try:
             building.chmod(0o755)
-            root_uuid = boot_disk.new_uuid()
-            _fill(program, building, recipe, files, root_uuid=root_uuid, timeout=timeout, tell=tell)
-            tell("making the disk")
             target = guests / f"{name}-{secrets.token_hex(6)}.qcow2"
-            boot_disk.build(
-                building / "root",
-                building / "disk.qcow2",
-                root_uuid=root_uuid,
-                size_mb=size_mb,
-                work=building,
-                prefix=as_owner,
-            )
+            if (
+                found is not None
+                and not rebuild
+                and agent
+                and {**found[1]["recipe"], "agent": recipe["agent"]} == recipe
+            ):
+                tell("putting another agent into it")
+                (building / "agent").write_bytes(files[BINARY][1])
+                (building / "agent").chmod(files[BINARY][0])
+                boot_disk.replace_file(
+                    found[0].path,
+                    building / "disk.qcow2",
+                    inside=BINARY,
+                    data=building / "agent",
+                    work=building,
+                )
+            else:
+                root_uuid = boot_disk.new_uuid()
+                _fill(program, building, recipe, files, root_uuid=root_uuid, timeout=timeout, tell=tell)
+                tell("making the disk")
+                boot_disk.build(
+                    building / "root",
+                    building / "disk.qcow2",
+                    root_uuid=root_uuid,
+                    size_mb=size_mb,
+                    work=building,
+                    prefix=as_owner,
+                )
             image = DiskImage(
                 name=name,
                 path=target,

@@ -32,6 +32,7 @@ _GRUB_DATA = Path("/usr/lib/grub")
 NEEDS = (
     ("sfdisk", "fdisk"),
     ("mke2fs", "e2fsprogs"),
+    ("debugfs", "e2fsprogs"),
     ("mformat", "mtools"),
     ("mcopy", "mtools"),
     ("grub-mkimage", "grub-common"),
@@ -119,6 +120,23 @@ def build(
     _run(["mmd", "-i", esp, "::/EFI", "::/EFI/BOOT"])
     _run(["mcopy", "-i", esp, str(work / "x86_64-efi"), "::/EFI/BOOT/BOOTX64.EFI"])
     _install_bios(raw, (work / "i386-pc").read_bytes())
+    _run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target)])
+    raw.unlink()
+
+
+def replace_file(source: Path, target: Path, *, inside: str, data: Path, work: Path) -> None:
+    """`target`: the disk `source` of `build`, with another content of one file that belongs to root.
+
+    Raises ImageError: it did not end up there.
+    """
+    raw, back = work / "disk.raw", work / "written"
+    _run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(source), str(raw)])
+    device = f"{raw}?offset={_ROOT_AT * 512}"
+    commands = work / "debugfs"
+    commands.write_text(f"rm {inside}\nwrite {data} {inside}\ndump {inside} {back}\n", "utf-8")
+    _run(["debugfs", "-w", "-f", str(commands), device])
+    if not back.is_file() or back.read_bytes() != data.read_bytes():  # debugfs ends with 0 whatever happened
+        raise ImageError(f"debugfs did not write {inside} into {source}")
     _run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(target)])
     raw.unlink()
 
