@@ -21,7 +21,10 @@
 
 #include "guest.h"
 
+#ifndef PORTS_DIR /* the tests have terminals for ports */
 #define PORTS_DIR "/sys/class/virtio-ports"
+#define DEVICES "/dev"
+#endif
 #define PORT_NAME "org.rorqual.agent."
 #define FLAG 0x7e
 #define ESCAPE 0x7d
@@ -164,7 +167,7 @@ void ports_event(void *owner) {
 
 static void open_port(const char *device) {
     char path[128];
-    snprintf(path, sizeof path, "/dev/%.63s", device);
+    snprintf(path, sizeof path, DEVICES "/%.63s", device);
     int fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
     struct port *p = fd < 0 ? NULL : calloc(1, sizeof *p);
     if (!p) {

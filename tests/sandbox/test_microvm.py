@@ -9,12 +9,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import qemu.qmp
 
 from rorqual.sandbox import (
     AsyncSandbox,
@@ -33,8 +35,9 @@ from rorqual.sandbox._dial import Address, PortCodec, dial
 from rorqual.sandbox._guest import GuestClient
 from rorqual.sandbox.errors import GuestError, GuestGone
 from rorqual.sandbox.keeper.client import own_keeper
-from rorqual.sandbox.machines import qemu
 from rorqual.sandbox.machines.kernel import find_kernel
+from rorqual.sandbox.machines.qemu import PORTS, Qemu
+from rorqual.sandbox.machines.rootfs import base_layer
 from rorqual.sandbox.network import NetworkPolicy
 from rorqual.sandbox.network.order import lacking
 from rorqual.sandbox.state import StateDir
@@ -49,7 +52,7 @@ def machine(runtime: str) -> Iterator[Sandbox]:
     """One booted machine for every test that leaves it as it was."""
     try:
         find_kernel()
-        qemu.Qemu().program()
+        Qemu().program()
     except HostUnfit as error:
         pytest.skip(str(error))
     with Sandbox.create(**SMALL, metadata={"purpose": "tests"}) as sb:
@@ -103,12 +106,12 @@ def test_it_has_a_kernel_of_its_own_and_says_what_runs_it(machine: Sandbox) -> N
 
 
 def test_who_demands_acceleration_gets_it_or_a_refusal_that_says_what_was_tried(machine: Sandbox) -> None:
-    found = qemu.Qemu().accelerator()
+    found = Qemu().accelerator()
     if found.name == "kvm":
         with Sandbox.create(**SMALL, accelerated=True) as sb:
             assert sb.info().accelerator == "kvm"
         return
-    with pytest.raises(Unsupported, match="KVM|/dev/kvm") as caught:
+    with pytest.raises(Unsupported, match=r"KVM|/dev/kvm") as caught:
         Sandbox.create(**SMALL, accelerated=True)
     assert found.why in str(caught.value) and "emulate" in str(caught.value)
     with pytest.raises(Unsupported, match="accelerated"):
@@ -210,7 +213,7 @@ async def test_each_client_has_a_port_and_the_one_too_many_is_told(machine: Sand
     with pytest.raises(GuestGone, match="all 8 ports"):
         while True:
             clients.append(await GuestClient.connect(address, timeout=5 if len(clients) < 7 else 0.3))
-    assert len(clients) == qemu.PORTS - 1  # the machine's own is the eighth
+    assert len(clients) == PORTS - 1  # the machine's own is the eighth
     for client in clients:
         assert client.info.pid == 1
         await client.close()
@@ -486,6 +489,59 @@ async def test_a_killed_keeper_takes_its_machines_along(snapshot: Snapshot, stat
     assert caught.value.cause == "infra"
     await sb.close()
     wait_until(lambda: not (state.sandboxes / sb.id).exists())
+
+
+ROOTLESS = """
+import json
+from rorqual.sandbox import Sandbox, Unsupported
+with Sandbox.create(substrate="microvm", vmm="qemu", memory_mb=160, disk_mb=16, accelerated=False) as sb:
+    sb.files.write("a", "kept")
+    taken = sb.snapshot()
+    try: sb.pause()
+    except Unsupported as error: refused = str(error)
+    limits = sb.info().limits
+with Sandbox.create(substrate="microvm", image=taken) as sb:
+    print(json.dumps([sb.files.read("a"), sb.commands.run("id -un").stdout, refused, dict(limits)]))
+"""
+
+
+@pytest.mark.skipif(
+    not ROOT, reason="becoming another user needs root; as that user, every other test is this one"
+)
+def test_a_user_who_is_not_root_gets_a_machine_without_jail_and_cgroup(
+    machine: Sandbox, state: StateDir
+) -> None:
+    if not os.access("/usr/bin/python3", os.X_OK) or shutil.which("setpriv") is None:
+        pytest.skip("needs /usr/bin/python3 and setpriv")
+    place = Path(tempfile.mkdtemp(prefix="rq-rootless-", dir="/tmp"))
+    try:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(images.__file__).parents[2], place / "lib/rorqual", ignore=ignored)
+        shutil.copytree(Path(qemu.qmp.__file__).parent, place / "lib/qemu/qmp", ignore=ignored)
+        kernel = find_kernel().bzimage.parent
+        shutil.copytree(kernel, place / "cache/kernels" / kernel.name)
+        base = base_layer(state=state)
+        (place / "cache/guests").mkdir()
+        shutil.copy(base, place / "cache/guests" / base.name)
+        (place / "state").mkdir()
+        subprocess.run(["chown", "-R", "nobody", place], check=True)
+        env = {"PATH": os.environ["PATH"], "HOME": str(place), "PYTHONPATH": str(place / "lib")}
+        env |= {"RORQUAL_STATE": str(place / "state"), "RORQUAL_CACHE": str(place / "cache")}
+        user = ["setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups"]
+        done = subprocess.run(
+            [*user, "/usr/bin/python3", "-c", ROOTLESS],
+            env=env,
+            capture_output=True,
+            text=True,
+            cwd="/",
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        kept, name, refused, limits = json.loads(done.stdout)
+        assert (kept, name) == ("kept", "user\n") and "freezer" in refused
+        assert limits == {"memory": "machine", "pids": "guest", "cpu": "none", "disk": "guest"}
+    finally:
+        shutil.rmtree(place)
 
 
 def test_the_sockets_of_a_machine_are_its_own_users(snapshot: Snapshot, state: StateDir) -> None:
