@@ -300,6 +300,13 @@ def test_a_microvm_has_the_same_network(world: World) -> None:
         assert get(box, "allowed.test") == "93.184.216.34"
         assert "Name or service not known" in box.commands.run("exec 3<>/dev/tcp/evil.test/80").stderr
         assert get(box, "169.254.169.254") == "!Connection refused"
+        (child,) = box.fork()  # of its memory: it has the same addresses, and its connections start anew
+        with child:
+            assert get(child, "allowed.test") == "93.184.216.34"
+            assert "Bearer ****" in get(child, "198.18.0.1", 8080, "/API/echo")
+            child.update_network("offline")
+            assert get(child, "93.184.216.34") == "!Connection refused"
+        assert get(box, "allowed.test") == "93.184.216.34"
         assert '"authorization": "Bearer ****************"' in get(box, "198.18.0.1", 8080, "/API/echo")
         box.update_network("offline")
         assert get(box, "93.184.216.34") == "!Connection refused"

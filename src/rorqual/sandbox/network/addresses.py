@@ -16,7 +16,8 @@ GUESTS = "198.18.0.0/16"
 GUEST_PREFIX = 16
 UPLINKS = "198.19.0.0/17"
 MACHINE, MACHINE_GATEWAY, MACHINE_PREFIX = "198.19.255.2", "198.19.255.1", 30
-MACHINE_MAC = "02:72:6f:72:71:02"
+MACHINE_MAC, TAP_MAC = "02:72:6f:72:71:02", "02:72:6f:72:71:01"
+"""Of the guest's interface and of the host's end: the same everywhere, since a restored memory knows both."""
 DNS_PORT = 53
 PROXY_PORT = 8080
 RESOLV_CONF = f"nameserver {GATEWAY}\noptions timeout:3 attempts:2 single-request-reopen\n"

@@ -30,6 +30,7 @@ from rorqual.sandbox.network.addresses import (
     GUEST_PREFIX,
     MACHINE_GATEWAY,
     MACHINE_PREFIX,
+    TAP_MAC,
     uplink_addresses,
 )
 
@@ -311,7 +312,7 @@ def add_tap(fd: int, *, owner: int, group: int, mtu: int) -> None:
         sysctl("ipv4/ip_forward", 1)
         sysctl("ipv4/icmp_ratelimit", 0)
         ip(
-            f"link set {TAP} mtu {mtu}",
+            f"link set {TAP} address {TAP_MAC} mtu {mtu}",
             f"addr add {MACHINE_GATEWAY}/{MACHINE_PREFIX} dev {TAP}",
             f"link set {TAP} up",
         )
