@@ -407,3 +407,37 @@ async def test_a_trajectory_is_replayed_into_another_sandbox_of_the_edge(
         assert await fresh.files.read("f") == "12\n"
         with pytest.raises(InvalidRequest, match="into"):
             await sb.trajectory.replay(into=sb)
+
+
+async def test_a_function_of_an_edge_is_called_as_one_of_this_process(edge: EdgeProcess) -> None:
+    def double(x: int) -> int:
+        return 2 * x
+
+    async with await AsyncSandbox.function(edge=edge.socket, workers=1) as fn:
+        assert fn.id.startswith(f"sb-{edge.name}-")
+        assert (await fn("args[0] + 1", 41)).value == 42
+        assert (await fn(double, 21)).value == 42
+        failed = await fn("1/0")
+        assert failed.error is not None and failed.error.type == "ZeroDivisionError"
+        assert (await fn("import sys; sys.stdin.read()", stdin=b"fed")).value == "fed"
+        assert (await fn("while True: pass", timeout=0.3)).timed_out
+        assert [entry.kind for entry in await fn.trajectory()][:2] == ["created", "command"]
+        with pytest.raises(InvalidRequest, match="args"):
+            await fn("1", object())
+        name = fn.id
+    with pytest.raises(InvalidRequest, match="closed"):
+        await fn("1")
+    await until(lambda: not (StateDir.from_environment().sandboxes / name).exists())
+    with pytest.raises(InvalidRequest, match="workers"):
+        await AsyncSandbox.function(edge=edge.socket, workers=0)
+
+
+async def test_a_function_ends_with_its_edge(edge: EdgeProcess) -> None:
+    fn = await AsyncSandbox.function(edge=edge.socket, workers=1)
+    name = fn.id
+    edge.kill9()
+    with pytest.raises(EdgeError):
+        await fn("1")
+    await fn.close()
+    edge.start()
+    await until(lambda: not (StateDir.from_environment().sandboxes / name).exists())

@@ -104,6 +104,7 @@ class Channel:
         self.over = asyncio.Event()
         self.closed = False
         self._comes_back = True
+        self._what = ""
         self._beat = max(0.1, min(15.0, lease / 4))
         self._socket: Any = None
         self._numbers = 0
@@ -122,7 +123,8 @@ class Channel:
         Returns the channel and the edge's answer. Raises what the edge raises, EdgeUnreachable, EdgeRefused.
         """
         channel = cls(place, lease=lease)
-        channel._comes_back = op != "attach"  # where it was in the log is lost with the connection
+        channel._comes_back = op not in ("attach", "function")  # what these are is lost with the connection
+        channel._what = op
         socket = await channel._dial()
         try:
             answer = await channel._greet(socket, op, timeout=None, **fields)
@@ -307,7 +309,7 @@ class Channel:
             if self.ended is None and self._comes_back:
                 self._spawn(self._come_back())
             elif self.ended is None:
-                self._give_up(EdgeLost("attach", self.sandbox_id))
+                self._give_up(EdgeLost(self._what, self.sandbox_id))
             else:
                 self._give_up(EdgeUnreachable(self.place.address, "it hung up"))
 

@@ -20,7 +20,7 @@ import secrets
 import textwrap
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -95,8 +95,11 @@ class _Running:
 class AsyncFunction:
     """Runs calls, each in a fresh sandbox with Python warm. Make it with `AsyncSandbox.function`."""
 
-    def __init__(self, spec: FunctionSpec, *, state: StateDir, trajectory: Path) -> None:
+    def __init__(
+        self, spec: FunctionSpec, *, state: StateDir, trajectory: Path, edge: str = "local"
+    ) -> None:
         self._spec = spec
+        self._edge = edge
         self._state = state
         self._path = trajectory
         self._log = open_log(trajectory)
@@ -144,6 +147,12 @@ class AsyncFunction:
             GuestGone: its worker alone died. TrajectoryError: the log cannot be written; nothing ran.
         """
         text, name = source_of(code)
+        return await self._call(text, name, args, timeout=timeout, stdin=stdin)
+
+    async def _call(
+        self, text: str, name: str, args: Sequence[Any], *, timeout: float | None, stdin: bytes
+    ) -> FunctionResult:
+        """`__call__` with the source of the code, and the name of the function in it or ''."""
         limit = self._spec.timeout if timeout is None else call_timeout(timeout)
         payload = _payload(text, name, args)
         if not isinstance(stdin, bytes) or len(stdin) > substrate.MAX_REQUEST:
@@ -254,9 +263,7 @@ class AsyncFunction:
             return self._running
 
     async def _start(self) -> _Running:
-        from rorqual.sandbox._async.sandbox import EDGE
-
-        sandbox_id = f"sb-{EDGE}-{secrets.token_hex(6)}"
+        sandbox_id = f"sb-{self._edge}-{secrets.token_hex(6)}"
         seq = await self._log.begin(sandbox=sandbox_id, kind="created", request=asdict(self._spec))
         try:
             zygote = await substrate.launch(
@@ -330,7 +337,7 @@ _KILLED: dict[str, Any] = {"exit": -9, "timed_out": False, "cut": False, "second
 """The memory limit took the worker with its call."""
 
 
-def _payload(text: str, name: str, args: tuple[Any, ...]) -> bytes:
+def _payload(text: str, name: str, args: Sequence[Any]) -> bytes:
     try:
         payload = json.dumps({"code": text, "name": name, "args": args}).encode()
     except (TypeError, ValueError, RecursionError) as error:

@@ -222,18 +222,47 @@ class AsyncSandbox:
         network: str = "offline",
         require: Sequence[str] = (),
         trajectory: str | Path | None = None,
+        edge: str | None = None,
+        token: str | None = None,
     ) -> AsyncFunction:
         """Starts a pool for stateless calls: `fn(code_or_function, *args)`. Returns when a call is prepared.
 
         Every call gets fresh process, mount and ipc namespaces, a fresh /tmp, home and /dev/shm, no capability and
         no network, and these limits for itself; nothing of it is there for the next. imports: modules that every
         call finds imported. workers: calls at once; the others wait. Fields and defaults: limits.FunctionSpec.
+        edge, token: as `create`; a function of an edge ends with its connection.
 
         Raises:
             InvalidRequest, Unsupported, ImageNotFound: as `create`.
             HostUnfit: not root, no cgroups, or no ids for a user namespace.
             LaunchFailed: Python did not start or an import failed; nothing is left of it.
         """
+        arguments = {name: value for name, value in locals().items() if name not in _OF_THE_EDGE}
+        if (place := edge_place(edge, token)) is not None:
+            from rorqual.sandbox import _remote_function
+
+            return await _remote_function.create(place, arguments)
+        return await cls._function(**arguments)
+
+    @classmethod
+    async def _function(
+        cls,
+        *,
+        image: str | Snapshot,
+        python: str,
+        imports: Sequence[str],
+        memory_mb: int,
+        cpu: float,
+        pids: int,
+        timeout: float,
+        workers: int,
+        envs: Mapping[str, str] | None,
+        network: str,
+        require: Sequence[str],
+        trajectory: str | Path | None,
+        edge: str = EDGE,
+    ) -> AsyncFunction:
+        """`function` in this process."""
         spec = FunctionSpec(
             image=image.name if isinstance(image, Snapshot) else image,
             python=python,
@@ -251,7 +280,7 @@ class AsyncSandbox:
         state.prepare()
         await asyncio.to_thread(prune.reap_once, state)
         path = Path.cwd() / trajectory if trajectory is not None else state.trajectory
-        made = AsyncFunction(spec, state=state, trajectory=path)
+        made = AsyncFunction(spec, state=state, trajectory=path, edge=edge)
         await made.start()
         return made
 

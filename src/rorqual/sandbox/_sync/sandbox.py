@@ -167,12 +167,15 @@ class Sandbox:
         network: str = "offline",
         require: Sequence[str] = (),
         trajectory: str | Path | None = None,
+        edge: str | None = None,
+        token: str | None = None,
     ) -> Function:
         """Starts a pool for stateless calls: `fn(code_or_function, *args)`. Returns when a call is prepared.
 
         Every call gets fresh process, mount and ipc namespaces, a fresh /tmp, home and /dev/shm, no capability and
         no network, and these limits for itself; nothing of it is there for the next. imports: modules that every
         call finds imported. workers: calls at once; the others wait. Fields and defaults: limits.FunctionSpec.
+        edge, token: as `create`; a function of an edge ends with its connection.
 
         Raises:
             InvalidRequest, Unsupported, ImageNotFound: as `create`.
@@ -194,6 +197,8 @@ class Sandbox:
                     network=network,
                     require=require,
                     trajectory=trajectory,
+                    edge=edge,
+                    token=token,
                 )
             )
         )

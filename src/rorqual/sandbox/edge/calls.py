@@ -23,7 +23,9 @@ from rorqual.sandbox._remote_methods import Method, methods
 from rorqual.sandbox.edge.edge import Edge
 from rorqual.sandbox.errors import InvalidRequest, Unsupported
 
-INSIDE = frozenset({"envs", "metadata", "workdir", "require", "network", "cloud_init", "console"})
+INSIDE = frozenset(
+    {"python", "imports", "envs", "metadata", "workdir", "require", "network", "cloud_init", "console"}
+)
 """Arguments of `create` whose strings are not paths of this host."""
 SECRET = frozenset({"envs", "secrets", "stdin", "cloud_init", "console"})
 """Arguments whose values no error text repeats."""
@@ -53,6 +55,12 @@ def request_model(
 def create_model_of_sandbox() -> type[BaseModel]:
     """The arguments of `create` that cross to an edge."""
     return request_model("Create", AsyncSandbox.create, leave_out=(*_OF_THE_EDGE, "trajectory"))
+
+
+@functools.cache
+def create_model_of_function() -> type[BaseModel]:
+    """The arguments of `function` that cross to an edge."""
+    return request_model("Function", AsyncSandbox.function, leave_out=(*_OF_THE_EDGE, "trajectory"))
 
 
 @functools.cache

@@ -17,17 +17,26 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from rorqual.sandbox._async.function import AsyncFunction
 from rorqual.sandbox._async.sandbox import AsyncSandbox, AsyncTrajectory
 from rorqual.sandbox._remote_channel import HEAD
-from rorqual.sandbox._remote_codec import encode, encode_error
+from rorqual.sandbox._remote_codec import decode, encode, encode_error
 from rorqual.sandbox.edge.adopt import settle
 from rorqual.sandbox.edge.audit import audit
-from rorqual.sandbox.edge.calls import arguments, call, create_arguments, create_model_of_sandbox, model_of
+from rorqual.sandbox.edge.calls import (
+    arguments,
+    call,
+    create_arguments,
+    create_model_of_function,
+    create_model_of_sandbox,
+    model_of,
+)
 from rorqual.sandbox.edge.edge import Edge
 from rorqual.sandbox.edge.streams import STREAMS, Flow, Upload
 from rorqual.sandbox.errors import (
     EdgeError,
     EdgeRefused,
+    InvalidRequest,
     SandboxEnded,
     SandboxError,
     SandboxNotFound,
@@ -49,6 +58,9 @@ class Channel:
         self.sandbox_id = ""
         self.hold: AsyncSandbox | None = None
         """Its own hold on the sandbox, after `attach`."""
+        self.function: AsyncFunction | None = None
+        """What the channel is about instead of a sandbox."""
+        self._room = contextlib.ExitStack()
         self._socket = socket
         self._who = who
         self._holds = False
@@ -95,6 +107,9 @@ class Channel:
         # Plain calls and commands go on: their effects are in the log, and nobody waits for these tasks.
         for task in self._calls.values():
             self.edge.keep(task)
+        if self.function is not None:
+            await self.function.close()
+        self._room.close()
         if self.hold is not None:
             await self.hold.close()
             if self.edge.is_live(self.sandbox_id):  # what it had begun gets its result by the edge's own hold
@@ -206,6 +221,8 @@ class Channel:
         await self.send(answer)
 
     async def _answer(self, ident: int, op: str, document: dict[str, Any]) -> Any:
+        if self.function is not None:
+            return await self._of_function(self.function, op, document)
         if op in STREAMS:
             return await STREAMS[op](self, ident, document)
         if op == "call":
@@ -222,6 +239,18 @@ class Channel:
             made = await self.edge.fork(self.edge.tenancy(self.sandbox_id), checked)
             return [tenancy.id for tenancy in made]
         raise EdgeRefused(f"this edge knows no operation {op!r}", status=400)
+
+    @staticmethod
+    async def _of_function(function: AsyncFunction, op: str, document: dict[str, Any]) -> Any:
+        if op == "function_log":
+            return encode(await function.trajectory(after=int(document["after"])))
+        if op != "invoke":
+            raise EdgeRefused(f"a function has no operation {op[:40]!r}", status=400)
+        text, name, args = document["text"], document["target"], document["args"]
+        if not (isinstance(text, str) and isinstance(name, str) and isinstance(args, list)):
+            raise InvalidRequest("code: a call needs a text, a name and a list of arguments")
+        stdin = decode(bytes, document["stdin"])
+        return encode(await function._call(text, name, args, timeout=document["timeout"], stdin=stdin))
 
     def _trajectory(self) -> AsyncTrajectory:
         return self.hold.trajectory if self.hold is not None else self.edge.trajectory(self.sandbox_id)
@@ -269,6 +298,12 @@ class Channel:
             making = asyncio.ensure_future(edge.create(checked, owner=_owner(document), lease=lease))
             edge.keep(making)
             self.sandbox_id = (await asyncio.shield(making)).id
+        elif op == "function":
+            wanted = arguments(create_model_of_function(), document["args"])
+            wanted = create_arguments(wanted, roots=edge.config.mount_roots)
+            self._room.enter_context(edge.room(1, wanted["memory_mb"] * wanted["workers"]))
+            self.function = await AsyncSandbox._function(**wanted, edge=edge.config.name)
+            self.sandbox_id = self.function.id
         elif op in ("open", "look", "attach"):
             sandbox_id = str(document["sandbox"])
             try:
@@ -288,7 +323,7 @@ class Channel:
             self.sandbox_id = sandbox_id
         else:
             raise EdgeError(
-                f"a channel begins with create, open, look, attach, list or images, not {op[:40]!r}"
+                f"a channel begins with create, open, look, attach, function, list or images, not {op[:40]!r}"
             )
         self._holds = op != "look"
         edge.hear(self.sandbox_id)
@@ -304,5 +339,5 @@ def _label(name: str) -> str:
     """A call's name as a metric's label: never what a client made up."""
     from rorqual.sandbox._remote_methods import methods
 
-    known = {"create", "open", "look", "attach", "list", "images", "call", *STREAMS}
+    known = {"create", "open", "look", "attach", "list", "images", "function", "call", *STREAMS}
     return name if name in known or name in methods() else "other"
