@@ -76,7 +76,8 @@ async def reattach(session: Session, entry: TrajectoryEntry) -> GuestProcess | N
         raise await session.verdict(error) from error
     if known >= GUEST_KEEPS:
         raise forward.unknown(entry, f"{GUEST_KEEPS} commands have ended since, and the guest keeps no more")
-    if entry.request.get("agent") != session.guest.info.boot_id:
+    agent = entry.request.get("agent")  # '': a guest without our agent, whose list proves nothing
+    if not agent or agent != session.guest.info.boot_id:
         raise forward.unknown(entry, "the guest agent is not the one that was asked to run it")
     return None
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CAPABILITIES = frozenset(
-    {"commands", "files", "pty", "background", "reattach", "trajectory", "mounts", "network:offline"}
+    {"commands", "files", "pty", "background", "reattach", "trajectory", "mounts", "network:offline", "ports"}
 )
 _NEED_FREEZER = frozenset({"pause", "disk_snapshot", "disk_fork", "commit"})
 """Files and processes must stand still together: where no freezer cgroup can be used, none of these is offered."""
