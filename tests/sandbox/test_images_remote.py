@@ -335,11 +335,11 @@ def test_a_manifest_that_lies_is_refused_and_nothing_is_kept(
     change: Callable[[dict[str, Any]], None], says: str, store: Path, state: StateDir, tmp_path: Path
 ) -> None:
     place = _spoiled(store, tmp_path / "store", change)
+    before = set(layers_directory(state).iterdir())
     with pytest.raises(ImageRejected, match=says):
         remote(str(place), "files", rename="liar")
     assert not (state.images / "liar").exists()
-    assert not [path for path in layers_directory(state).iterdir() if path.name.endswith((".lazy", ".erofs"))]
-    assert not list(layers_directory(state).glob(".building-*"))
+    assert set(layers_directory(state).iterdir()) <= before | {layers_directory(state) / "lock"}
 
 
 def test_a_pinned_reference_takes_that_image_and_no_other(store: Path, tmp_path: Path) -> None:
@@ -432,6 +432,6 @@ def test_events_are_kept_for_the_user(layer: str, server: Store) -> None:
     server.fault = "corrupt"
     with pytest.raises(ImageError, match="chunk"):
         fetch("files")
-    (event, *_) = [event for event in layer_events() if event["event"] == "corrupt"]
-    assert event["url"] == server.url and "chunk" in event["detail"]
+    found = [event for event in layer_events() if event["event"] == "corrupt" and event["url"] == server.url]
+    assert found and "chunk" in found[0]["detail"]
     assert threading.active_count() < 50 and os.path.isdir(layer)

@@ -254,6 +254,7 @@ def import_oci(
             install(building, name=name, state=state, record=record)
     except BaseException:
         remove_tree(str(building))
+        stacks.remove_unused(state)  # the layers below the one that was refused
         raise
     return ImageInfo(name=name, origin="oci", size_bytes=tally.size_bytes, digest=digest)
 
