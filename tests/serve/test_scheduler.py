@@ -296,7 +296,12 @@ def test_one_that_does_not_fit_fails_alone(scheduler, job, engine):
     first, second = job([0, *range(20, 60)]), job([0, *range(30, 60)])
     one.submit(first)
     one.submit(second)
-    assert "no room" in str(wait(first).listener.error)
+    error = wait(first).listener.error
+    assert "no room" in str(error) and (error.status, error.code, error.retry_after) == (
+        429,
+        "cache_full",
+        30,
+    )
     assert wait(second).listener.error is None
 
 

@@ -229,3 +229,18 @@ def test_one_offs_do_not_take_the_main_sessions_prefix_while_it_is_warm(engine, 
         assert (cache["tier"], cache["reason"]) == ("ram", "hit")
         assert cache["cached_tokens"] >= main["usage"]["prompt_tokens"] - 1
     own.close()
+
+
+def test_at_most_half_of_the_cache_is_pinned(engine, tokenizer):
+    room = 2 * engine.pool.layout.held_bytes(500)
+    own = Engine(engine.model, prefill_chunk=64, kv_bytes=room)
+    with running(own, tokenizer, kv_bytes=room) as server, server.http() as http:
+        statuses = []
+        for number in range(4):
+            one = [{"role": "user", "content": f"{number} is your number. " * 25}]
+            ask(server, session=f"s{number}", messages=one, max_tokens=1)
+            statuses.append(http.post(f"/v1/sessions/s{number}/pin", json={}).status_code)
+        assert statuses[0] == 200 and statuses[-1] == 400
+        assert http.post("/v1/sessions/s3/pin", json={}).json()["error"]["code"] == "cache_full"
+        assert http.post("/v1/sessions/s0/pin", json={"pinned": False}).status_code == 200
+    own.close()

@@ -47,6 +47,11 @@ class Pin:
         """Tokens that are pinned."""
         return self.nodes[-1].tokens if self.nodes else 0
 
+    def nbytes(self, page_bytes: int) -> int:
+        """Bytes of its pages and snapshots."""
+        snapshots = sum(len(node.snapshot.data) for node in self.nodes if node.snapshot is not None)
+        return len(self.nodes) * page_bytes + snapshots
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixStatistics:

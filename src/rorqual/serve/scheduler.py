@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+RETRY_SECONDS = 30
+"""When to come back to a cache that was full."""
+
 
 class Listener(Protocol):
     """Hears of a job, in the scheduler's thread."""
@@ -438,6 +441,11 @@ def _guarded(job: Job, guide: TokenGuide) -> TokenGuide:
 
 
 def _failure(error: Exception) -> ServeError:
+    if isinstance(error, CacheFull):  # admission reckons with what requests need, not with what is pinned
+        log.warning("a request found no room: %s", error)
+        full = Overloaded(f"the cache has no room for this request now: {error}", retry_after=RETRY_SECONDS)
+        full.code = "cache_full"
+        return full
     log.error("the engine failed", exc_info=error)
     kind = "refused the request" if isinstance(error, EngineError) else f"failed: {type(error).__name__}"
     return EngineFailed(f"the engine {kind}: {error}")

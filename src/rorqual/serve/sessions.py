@@ -108,8 +108,8 @@ class Sessions:
         session.ids, session.used = new, time.time()
         self._kept[session.tenant, session.id] = session
         self.held_bytes += session.size
-        if session.pinned:
-            self._pin(session, pinned=True)
+        if session.pinned and sum(map(self._pinned_bytes, self._kept.values())) <= self._engine.kv_bytes // 2:
+            self._pin(session, pinned=True)  # else what was pinned stays so, and no more
         self._write(session, old)
         for one in [one for one in self._kept.values() if not one.pinned and one is not session]:
             if self.held_bytes <= self.limit_bytes:
@@ -139,11 +139,27 @@ class Sessions:
         }
 
     def pin(self, tenant: str, session_id: str, *, pinned: bool) -> dict[str, Any]:
-        """Keeps what is cached of a session from eviction, whatever else asks for room; or no longer."""
+        """Keeps what is cached of a session from eviction, whatever else asks for room; or no longer.
+
+        Raises BadRequest when more than half of the cache would be pinned.
+        """
         session = self._get(tenant, session_id)
+        was = session.pinned
         self._pin(session, pinned=pinned)
+        held, room = sum(map(self._pinned_bytes, self._kept.values())), self._engine.kv_bytes // 2
+        if pinned and held > room:
+            self._pin(session, pinned=was)
+            raise BadRequest(
+                f"{held} bytes would be pinned, of at most {room} (half of the cache): unpin another session first",
+                param="pinned",
+                code="cache_full",
+            )
         self._write(session, session.ids)
         return self.inspect(tenant, session_id)
+
+    def _pinned_bytes(self, session: Session) -> int:
+        tree = session.pin.tree if session.pin is not None else None
+        return 0 if tree is None else tree.nbytes(self._engine.pool.layout.page_bytes)
 
     def fork(self, tenant: str, session_id: str, *, name: str | None) -> dict[str, Any]:
         """A second session that begins where this one is. Raises BadRequest for a name that is taken or is none."""
