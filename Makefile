@@ -5,12 +5,12 @@ STAMP  := $(VENV)/.setup-stamp
 ARGS   ?=
 CODE   := $(wildcard src tests benchmarks examples scripts)
 
-.PHONY: demo test test-gpu check clients schema setup host format clean
+.PHONY: demo test test-gpu check clients schema setup host host-test format clean
 
 demo: setup          ## set up, then watch a V4 model work on fresh tasks in a real container
 	@$(VENV)/bin/rorqual demo $(ARGS)
 
-test: setup check    ## set up, then every check and test
+test: host-test setup check    ## set up, then every check and test
 	@$(PY) -m pytest $(ARGS)
 
 test-gpu: setup      ## the Triton kernels: on a GPU, else interpreted; adds triton (0.7 GB) to the environment
@@ -39,6 +39,9 @@ setup: host $(STAMP)
 
 host:
 	@sh scripts/setup_host.sh
+
+host-test:
+	@sh scripts/setup_host.sh test
 
 $(STAMP): pyproject.toml hatch_build.py scripts/setup_venv.sh $(wildcard native/guest/* native/cpu/*.*)
 	@sh scripts/setup_venv.sh $(VENV)
