@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -202,6 +203,17 @@ def test_a_paused_machine_stands_still_and_the_next_call_resumes_it(machine: San
     assert machine.metrics().cpu_seconds - before < 0.1
     assert machine.commands.run("echo on").stdout == "on\n" and not machine.info().paused
     machine.commands.kill(handle.id)
+
+
+@pytest.mark.skipif(not ROOT, reason="no freezer cgroup that this user may use")
+def test_a_paused_machine_can_be_taken_and_stays_paused(machine: Sandbox) -> None:
+    machine.files.write("/tmp/paused", "yes")
+    machine.pause()
+    taken = machine.snapshot()
+    assert machine.info().paused
+    with restored(taken) as sb:
+        assert sb.files.read("/tmp/paused") == "yes"
+    assert machine.info().paused and images.remove_image(taken.name)
 
 
 # --- the ports ---
@@ -542,6 +554,19 @@ def test_a_user_who_is_not_root_gets_a_machine_without_jail_and_cgroup(
         assert limits == {"memory": "machine", "pids": "guest", "cpu": "none", "disk": "guest"}
     finally:
         shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.2, 0.6])
+async def test_a_cancelled_create_leaves_nothing(snapshot: Snapshot, state: StateDir, seconds: float) -> None:
+    before = set(os.listdir(state.sandboxes))
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await AsyncSandbox.create(**SMALL)
+    wait_until(lambda: set(os.listdir(state.sandboxes)) <= before)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(seconds / 5):
+            await AsyncSandbox.create(substrate="microvm", image=snapshot)
+    wait_until(lambda: set(os.listdir(state.sandboxes)) <= before)
 
 
 def test_the_sockets_of_a_machine_are_its_own_users(snapshot: Snapshot, state: StateDir) -> None:

@@ -87,9 +87,7 @@ class MicroVm:
         self, spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajectory: Path
     ) -> Launched:
         _refuse(spec)
-        return await asyncio.shield(
-            asyncio.ensure_future(_launch(spec, sandbox_id=sandbox_id, state=state, trajectory=trajectory))
-        )
+        return await _launch(spec, sandbox_id=sandbox_id, state=state, trajectory=trajectory)
 
     async def take(
         self, session: Session, record: Mapping[str, Any], *, name: str, state: StateDir, bounds: Bounds
