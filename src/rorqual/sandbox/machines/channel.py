@@ -23,6 +23,7 @@ FILE = "channel"
 _GRACE_S = 20.0
 """How much longer our agent is waited for once qemu-guest-agent has answered: it may start a little later."""
 _CONSOLE_S = 45.0
+_ASK_S = 8.0
 
 
 class NoGuest(GuestClient):
@@ -85,12 +86,25 @@ def chosen(directory: Path) -> str:
 
 async def _open(name: str, vm: Path, *, patience: float, login: Login) -> GuestClient:
     if name == "agent":
-        return await GuestClient.connect(f"ports:{vm}/agent-%d.sock?n={PORTS}", timeout=patience)
+        return await _agent(f"ports:{vm}/agent-%d.sock?n={PORTS}", patience=patience)
     if name == "qemu-guest-agent":
         return await QgaGuest.open(vm / "qga.sock", timeout=patience)
     if name == "console":
         return await ConsoleGuest.open(vm / "console.sock", login=login, timeout=patience)
     return NoGuest("no agent and no console answers in this machine, or channel='screen' was asked for")
+
+
+async def _agent(address: str, *, patience: float) -> GuestClient:
+    """Asks anew every few seconds: what a client says to a port that a guest is just opening may be lost."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + patience
+    while True:
+        left = end - loop.time()
+        try:
+            return await GuestClient.connect(address, timeout=min(_ASK_S, max(1.0, left)))
+        except GuestGone:
+            if left <= _ASK_S:
+                raise
 
 
 async def _choose(wish: str, vm: Path, *, patience: float, login: Login) -> tuple[str, GuestClient]:

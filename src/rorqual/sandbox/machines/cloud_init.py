@@ -26,6 +26,12 @@ from rorqual.sandbox.machines.agent_service import agent_files
 from rorqual.sandbox.network.addresses import GATEWAY, MACHINE, MACHINE_GATEWAY, MACHINE_MAC, MACHINE_PREFIX
 
 FIELDS = {"user", "password", "ssh_keys", "hostname", "files", "runcmd", "packages", "agent", "user_data"}
+_START = "systemctl daemon-reload; udevadm control --reload; systemctl start --no-block rorqual-guest"
+# runcmd comes last, in an emulated guest a minute or more after the files: so somebody waits for the last of those.
+_START_EARLY = (
+    "systemd-run --no-block sh -c 'n=0; until [ -s /etc/udev/rules.d/80-rorqual-guest.rules ]; do n=$((n+1)); "
+    f"[ $n -gt 600 ] && exit; sleep 1; done; {_START}'"
+)
 _HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
@@ -94,15 +100,15 @@ def user_data(request: Mapping[str, Any]) -> str:
             files.append(
                 {"path": f"/{path}", "content": content, "encoding": "b64", "permissions": f"0{mode:o}"}
             )
-        commands.insert(
-            0, "systemctl daemon-reload; udevadm control --reload; systemctl start --no-block rorqual-guest"
-        )
+        commands.insert(0, _START)
     document: dict[str, Any] = {
         "hostname": request["hostname"],
         "users": [account],
         "write_files": files,
         "runcmd": commands,
     }
+    if request["agent"]:
+        document["bootcmd"] = [_START_EARLY]
     if request.get("password") is not None:
         document["chpasswd"] = {
             "expire": False,

@@ -152,7 +152,7 @@ class Q35(Qemu):
             seed = pc.restore / SEED
         if seed is not None:
             files[SEED] = {"path": str(seed), "copy": SEED}
-            argv += _file(SEED, 14, readonly=True)
+            argv += _file(SEED, 14, readonly=False)  # as the descriptor is; the node above it is read-only
             argv += ["-blockdev", f"driver=raw,node-name=cidata,file={SEED},read-only=on"]
             argv += ["-device", "virtio-blk-pci,drive=cidata,serial=cidata"]
         return argv
