@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,9 @@ from rorqual.sandbox import (
     images,
 )
 from rorqual.sandbox.errors import HostUnfit
+from rorqual.sandbox.keeper import cgroups
 from rorqual.sandbox.network.order import lacking
-from rorqual.sandbox.state import StateDir
+from rorqual.sandbox.state import StateDir, cache_dir
 from rorqual.sandbox.substrates.microvm import VMMS
 
 VMM = VMMS["firecracker"]
@@ -47,7 +49,7 @@ def _why_not() -> str:
 
 
 @pytest.fixture(scope="module")
-def image(state: StateDir, tmp_path_factory: pytest.TempPathFactory) -> str:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """busybox and nothing else: on an emulated host, copying a whole base would take most of the time."""
     why = _why_not()
     if why:
@@ -56,12 +58,18 @@ def image(state: StateDir, tmp_path_factory: pytest.TempPathFactory) -> str:
     if busybox is None:
         pytest.skip("the guest is made of busybox: apt-get install busybox-static")
     tree = tmp_path_factory.mktemp("tiny")
+    tree.chmod(0o755)
     (tree / "bin").mkdir()
     shutil.copy(busybox, tree / "bin/busybox")
     for name in PROGRAMS:
         (tree / "bin" / name).symlink_to("busybox")
     (tree / "tmp").mkdir()
     (tree / "tmp").chmod(0o1777)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def image(state: StateDir, tree: Path) -> str:
     images.import_directory(tree, name="tiny", state=state)
     return "tiny"
 
@@ -120,7 +128,8 @@ def test_its_vmm_is_jailed(machine: Sandbox) -> None:
 def test_commands(machine: Sandbox) -> None:
     done = machine.commands.run("echo out; echo err >&2; echo $X; id -u; exit 3", envs={"X": "y"})
     assert (done.stdout, done.stderr, done.exit_code) == ("out\ny\n0\n", "err\n", 3)
-    assert machine.commands.run("id -u", user="user").stdout == "1000\n"
+    other = machine.commands.run("id -u", user="user", cwd="/")
+    assert (other.stdout, other.error) == ("1000\n", "")
     late = machine.commands.run("echo began; sleep 100", timeout=1)
     assert late.timed_out and late.stdout == "began\n"
     assert machine.commands.run("seq 20000").stdout == "".join(f"{n}\n" for n in range(1, 20001))
@@ -139,6 +148,16 @@ def test_there_is_no_network_and_no_host(machine: Sandbox) -> None:
     assert not machine.files.exists("/work") and not machine.files.exists("/nested-command")
     full = machine.commands.run("dd if=/dev/zero of=/root/full bs=1M count=100; rm -f /root/full; true")
     assert "No space left" in full.stderr
+
+
+def test_a_paused_one_is_resumed_by_the_next_call(machine: Sandbox) -> None:
+    if not cgroups.can_freeze():
+        pytest.skip("no freezer cgroup here")
+    ticking = machine.commands.run("while :; do echo tick; sleep 0.2; done", background=True, timeout=60)
+    machine.pause()
+    assert machine.info().paused
+    assert machine.commands.run("echo on").stdout == "on\n"
+    assert not machine.info().paused and ticking.kill()
 
 
 def test_its_memory_is_given_back_by_the_balloon(machine: Sandbox) -> None:
@@ -241,6 +260,47 @@ def test_it_reaches_what_its_policy_names_and_nothing_else(image: str, world: No
         assert sorted(guest.commands.run("ls /sys/class/net").stdout.split()) == ["eth0", "lo"]
         for port, answer in (("8001", "port 8001\n"), ("8002", ""), ("8001", "port 8001\n")):
             assert guest.commands.run(f"nc -w 10 93.184.216.34 {port} < /dev/null").stdout == answer
+
+
+ROOTLESS = """
+import os, sys
+from rorqual.sandbox import Sandbox, images
+images.import_directory(sys.argv[1], name="tiny")
+with Sandbox.create(substrate="microvm", vmm="firecracker", image="tiny", memory_mb=128, disk_mb=16) as sb:
+    assert sb.commands.run("echo 1 > /tmp/step; id -u").stdout == "1000\\n"
+    assert any("no jailer" in note for note in sb.info().notes), sb.info().notes
+    with Sandbox.create(substrate="microvm", vmm="firecracker", image=sb.snapshot()) as again:
+        assert again.commands.run("cat /tmp/step; hostname").stdout == f"1\\n{again.id}\\n"
+print("done")
+"""
+
+
+def test_without_root_it_runs_without_a_jailer(image: str, tree: Path) -> None:
+    if os.geteuid():
+        pytest.skip("this file runs without root already")
+    place = Path("/tmp/rootless")
+    shutil.copytree(tree, place / "tree", symlinks=True)
+    (place / "cache").mkdir()
+    for name in ("bin", "kernels"):
+        (place / "cache" / name).symlink_to(cache_dir() / name)
+    subprocess.run(["chown", "-R", "-h", "1000:1000", place], check=True)
+    mode = os.stat("/dev/kvm").st_mode
+    os.chmod("/dev/kvm", 0o666)
+    someone = ("setpriv", "--reuid=1000", "--regid=1000", "--clear-groups")
+    homes = {"HOME": str(place), "RORQUAL_STATE": f"{place}/state", "RORQUAL_CACHE": f"{place}/cache"}
+    try:
+        done = subprocess.run(
+            [*someone, sys.executable, "-c", ROOTLESS, "tree"],
+            cwd=place,
+            env=os.environ | homes,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.chmod("/dev/kvm", mode)
+        shutil.rmtree(place)
+    assert done.stdout == "done\n", done.stderr[-3000:]
 
 
 def test_the_example_of_the_docs_runs(image: str, capsys: pytest.CaptureFixture[str]) -> None:

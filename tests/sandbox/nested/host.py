@@ -8,6 +8,7 @@ it comes, and ends. Recipe: spec/sandbox.md section 9.
 from __future__ import annotations
 
 import compileall
+import contextlib
 import os
 import py_compile
 import select
@@ -121,7 +122,8 @@ def run(
                 lines.append(line)
                 show(line)
         if code is not None:
-            machine.wait(timeout=20)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                machine.wait(timeout=20)
     finally:
         machine.kill()
         machine.wait()

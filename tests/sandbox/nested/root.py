@@ -33,7 +33,7 @@ VERSION = 1
 
 def make(cache: Path) -> Path:
     """The image, built when missing. Two processes may do so at once. Raises CalledProcessError of mkfs.erofs."""
-    files = sorted(contents())
+    files = sorted(set(contents()))
     digest = hashlib.sha256(f"{VERSION}".encode())
     for path in files:
         found = path.lstat()
@@ -49,12 +49,14 @@ def make(cache: Path) -> Path:
         for name in ("bin", "sbin", "lib", "lib64"):
             (tree / "usr" / name).mkdir(parents=True)
             (tree / name).symlink_to(f"usr/{name}")
-        for path in files:
+        for path in (*files, *libraries(files)):
             copy(path, tree)
         (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/bash\n")
         (tree / "etc/group").write_text("root:x:0:\n")
         made = Path(building) / image.name
         subprocess.run(["mkfs.erofs", "--quiet", made, tree], check=True, stdout=subprocess.DEVNULL)
+        for old in cache.glob("nested-root-*.erofs"):
+            old.unlink(missing_ok=True)
         made.rename(image)
     return image
 
@@ -73,29 +75,17 @@ def real_parent(path: Path) -> Path:
 
 
 def contents() -> Iterator[Path]:
-    programs: list[Path] = []
-    for path in debian_files():
-        programs.append(path)
-        yield path
+    """All but the libraries, which follow from these."""
+    yield from debian_files()
     prefix = Path(sys.base_prefix).resolve()
     python = Path(sys.executable).resolve()
     standard = Path(sysconfig.get_path("stdlib")).resolve()
-    for path in (python, prefix / "bin/python3"):
-        programs.append(path)
-        yield path
-    for path in tree_files(standard):
-        if path.suffix == ".so":
-            programs.append(path)
-        if path.suffix != ".a":
-            yield path
-    for path in distribution_files():
-        if ".so" in path.suffixes:
-            programs.append(path)
-        yield path
+    yield from (python, prefix / "bin/python3")
+    yield from (path for path in tree_files(standard) if path.suffix != ".a")
+    yield from distribution_files()
     if sys.prefix != sys.base_prefix:
         yield Path(sys.prefix) / "pyvenv.cfg"
         yield from (path for path in (Path(sys.prefix) / "bin").iterdir() if path.name.startswith("python"))
-    yield from libraries(programs)
 
 
 def tree_files(top: Path) -> Iterator[Path]:
@@ -117,7 +107,7 @@ def debian_files() -> Iterator[Path]:
 def libraries(programs: list[Path]) -> Iterator[Path]:
     """Every shared library that one of these needs, with the links that lead to it, and the loader."""
     found: set[Path] = set()
-    elf = [str(path) for path in programs if not path.is_symlink() and path.open("rb").read(4) == b"\x7fELF"]
+    elf = [str(path) for path in programs if not path.is_symlink() and is_elf(path)]
     listed = subprocess.run(["ldd", *elf], capture_output=True, text=True, check=False).stdout
     for match in re.finditer(r"(?:=> |^\s)(/\S+) \(0x", listed, re.MULTILINE):
         path = Path(match[1])
@@ -126,6 +116,11 @@ def libraries(programs: list[Path]) -> Iterator[Path]:
             if path.is_symlink():
                 path = real_parent(path.parent / os.readlink(path))
     yield from found
+
+
+def is_elf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
 
 
 def distribution_files() -> Iterator[Path]:

@@ -59,6 +59,16 @@ class OomCounter:
         return 0
 
 
+_PF_KTHREAD = 0x00200000
+_STOPPED = (["do_freezer_trap"], ["get_signal"])
+"""Where a thread sleeps that the freezer has stopped; compilers make one function of the two."""
+
+
+def _words(path: str) -> list[str]:
+    with open(path, encoding="ascii") as file:
+        return file.read().split()
+
+
 class Freezer:
     """Stops and continues every process of the cgroup. Finds its file once; `available` when there is one."""
 
@@ -93,7 +103,28 @@ class Freezer:
         name = "freezer.state" if self._name == "freezer.state" else "cgroup.events"
         with open(f"{self._place}/{name}", encoding="ascii") as file:
             words = file.read().split()
-        return words == ["FROZEN"] or "frozen 1" in " ".join(words)
+        if words == ["FROZEN"] or "frozen 1" in " ".join(words):
+            return True
+        return self._name == "cgroup.freeze" and self._all_but_kernel_threads()
+
+    def _all_but_kernel_threads(self) -> bool:
+        """KVM before Linux 6.14 puts a kernel thread into the cgroup of each VMM. It never freezes, so the cgroup never
+        says that it has: then each thread of a process is looked at, whether the freezer is what it sleeps in."""
+        found = False
+        try:
+            for pid in _words(f"{self._place}/cgroup.procs"):
+                with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+                    flags = int(file.read().rpartition(")")[2].split()[6])
+                if flags & _PF_KTHREAD:
+                    found = True
+                elif any(
+                    _words(f"{entry.path}/wchan")[:1] not in _STOPPED
+                    for entry in os.scandir(f"/proc/{pid}/task")
+                ):
+                    return False
+        except (FileNotFoundError, ProcessLookupError):  # one ended meanwhile: the next look tells
+            return False
+        return found
 
     def _write(self, text: str) -> None:
         with open(f"{self._place}/{self._name}", "w", encoding="ascii") as file:
