@@ -123,7 +123,7 @@ def test_a_damaged_record_is_left_behind_by_compaction(tmp_path, pool, put):
     with open_store(tmp_path) as store:
         for seed in (1, 2):
             put(store, seed)
-        at = store._path(ids_of(1), "")[2].record.at
+        at = store._index.path(ids_of(1), "")[2].record.at
     raw = bytearray((tmp_path / "prefixes.rqk").read_bytes())
     raw[at + 5] ^= 4
     (tmp_path / "prefixes.rqk").write_bytes(raw)

@@ -23,7 +23,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -41,13 +41,12 @@ from rorqual.engine.sequence_file import (
     DEAD,
     PAGE,
     SNAPSHOT,
-    TAIL,
     frozen_copy,
     rebuild,
-    tail_meta,
     tail_record,
 )
 from rorqual.engine.snapshot import Snapshot
+from rorqual.engine.store_index import StoreIndex, StoreNode, bytes_of, records_of
 
 __all__ = ["PageStore", "StoreConfig", "StoreStatistics", "WindowStrategy"]
 
@@ -108,22 +107,6 @@ class StoreStatistics:
     """Records that did not match their checksum when they were read."""
 
 
-@dataclass(slots=True, eq=False)
-class _Node:
-    record: Record | None
-    parent: _Node | None
-    key: bytes
-    depth: int
-    children: dict[bytes, _Node] = field(default_factory=dict)
-    snapshot: Record | None = None
-    used: int = 0
-    pins: int = 0
-
-    @property
-    def number(self) -> int:
-        return NONE if self.record is None else self.record.number
-
-
 class PageStore:
     """The prefixes of one model and cache format in a directory. One process at a time; used by one thread.
 
@@ -177,62 +160,9 @@ class PageStore:
         )
 
     def _read_index(self) -> None:
-        self._roots: dict[bytes, _Node] = {}
-        self._nodes: dict[int, _Node] = {}  # by record number
-        self._tails: dict[str, Record] = {}
-        self._tail_paths: dict[str, list[_Node]] = {}
-        self._snapshots = self._tick = 0
-        self._page_total = self._snapshot_total = 0  # of the whole file: the periodic budget
-        self.live_bytes = 0
-        """Bytes of the records that are in use."""
-        for record in list(self._file.records):
-            self._index(record)
-        stale = list(self._tails.values())  # of sequences that a process spilled which is no more
-        self._tails.clear()
-        self.live_bytes -= sum(map(_bytes_of, stale))
-        self._drop_records(stale)
-
-    def _index(self, record: Record) -> None:
-        if (
-            record.kind == PAGE
-            and len(record.meta) >= 4 * PAGE_TOKENS
-            and record.size == self.layout.page_bytes
-        ):
-            key, space = record.meta[: 4 * PAGE_TOKENS], record.meta[4 * PAGE_TOKENS :]
-            if record.parent == NONE:
-                parent = self._roots.setdefault(space, _Node(None, None, b"", 0))
-            elif record.parent in self._nodes:
-                parent = self._nodes[record.parent]
-            else:
-                return
-            node = _Node(record, parent, key, parent.depth + 1, used=self._tick)
-            parent.children[key] = node
-            self._nodes[record.number] = node
-            self._page_total += record.size
-        elif record.kind == SNAPSHOT and record.parent in self._nodes:
-            self._nodes[record.parent].snapshot = record
-            self._snapshot_total += record.size
-            self._snapshots += 1
-        elif record.kind == TAIL:
-            name = tail_meta(record).get("name")
-            if isinstance(name, str):
-                self._tails[name] = record
-        elif record.kind == DEAD and len(record.meta) % 4 == 0:
-            for number in np.frombuffer(record.meta, dtype="<u4").tolist():
-                self._bury(number)
-            return
-        else:
-            return
-        self.live_bytes += _bytes_of(record)
-
-    def _bury(self, number: int) -> None:
-        """What a tombstone says: this record is no more."""
-        node = self._nodes.get(number)
-        if node is not None and not node.children:
-            self._unlink(node)
-            return
-        for tail in [name for name, record in self._tails.items() if record.number == number]:
-            self.live_bytes -= _bytes_of(self._tails.pop(tail))
+        self._index = StoreIndex(self.layout, self._file.records)
+        # Tails are of sequences that a process spilled which is no more.
+        self._drop_records([self._index.drop_tail(name)[0] for name in list(self._index.tails)])
 
     def __enter__(self) -> Self:
         return self
@@ -247,6 +177,11 @@ class PageStore:
         if self._syncer is not None:
             self._syncer.close()
         self._file.close()
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the records that are in use."""
+        return self._index.live_bytes
 
     @property
     def closed(self) -> bool:
@@ -274,8 +209,8 @@ class PageStore:
         Raises SequenceFileError when the disk refuses; then the file is as it was.
         """
         keys = page_keys(ids)[: len(pages)]
-        path = self._path(ids, space)[: len(keys)]
-        self._touch(path)
+        path = self._index.path(ids, space)[: len(keys)]
+        self._index.touch(path)
         record_bytes = HEAD_BYTES + 4 * PAGE_TOKENS + len(space.encode()) + self.layout.page_bytes
         count = self._affordable(len(keys) - len(path), record_bytes, path=path, urgent=urgent or last)
         new: list[NewRecord] = []
@@ -285,7 +220,7 @@ class PageStore:
             new.append(NewRecord(PAGE, parent, meta, [pool.read_page(pages[depth]).data]))
             parent = first + depth - len(path)
         page_bytes = count * self.layout.page_bytes
-        credit = PERIODIC_SHARE * (self._page_total + page_bytes) - self._snapshot_total
+        credit = PERIODIC_SHARE * (self._index.page_bytes + page_bytes) - self._index.snapshot_bytes
         room = self._room() - count * record_bytes
         for snapshot in sorted(snapshots, key=lambda s: -s.position):
             depth, size = snapshot.position // PAGE_TOKENS, len(snapshot.data)
@@ -303,7 +238,7 @@ class PageStore:
                 room -= size + HEAD_BYTES
         return self._append(new, page_bytes)
 
-    def _affordable(self, wanted: int, size: int, *, path: Sequence[_Node], urgent: bool) -> int:
+    def _affordable(self, wanted: int, size: int, *, path: Sequence[StoreNode], urgent: bool) -> int:
         """How many of `wanted` new pages behind `path` may be written; makes room for them."""
         if wanted <= 0:
             return 0
@@ -314,9 +249,9 @@ class PageStore:
             self._credit, self._credit_at = min(self._credit + earned, self._burst), now
             count = min(count, max(int(self._credit // size), 0))
         if self._room() < count * size:
-            self._hold(path)
+            self._index.hold(path)
             self._evict(count * size - self._room())
-            self._release(path)
+            self._index.release(path)
             if self._room() < size and not self._told_full:
                 log.warning(
                     "the cache file is full: new prefixes stay in memory only",
@@ -339,9 +274,9 @@ class PageStore:
         if not new:
             return 0
         before = self._file.nbytes
-        self._tick += 1
+        self._index.tick += 1
         for record in self._file.append(new, sync=self._syncer is None):
-            self._index(record)
+            self._index.add(record)
         if self._syncer is not None:
             self._syncer.wake()
         written = self._file.nbytes - before
@@ -354,16 +289,7 @@ class PageStore:
 
     def depth(self, ids: Sequence[int], *, space: str = "") -> int:
         """Tokens of `ids` whose whole pages the file holds."""
-        return len(self._path(ids, space)) * PAGE_TOKENS
-
-    def _path(self, ids: Sequence[int], space: str) -> list[_Node]:
-        node, path = self._roots.get(space.encode()), list[_Node]()
-        for key in page_keys(ids) if node is not None else ():
-            node = node.children.get(key) if node is not None else None
-            if node is None:
-                break
-            path.append(node)
-        return path
+        return len(self._index.path(ids, space)) * PAGE_TOKENS
 
     def load(
         self, ids: Sequence[int], *, pool: PagePool, skip: int = 0, space: str = ""
@@ -372,8 +298,8 @@ class PageStore:
 
         The caller holds the pages it gets (one reference each). A damaged page ends the prefix there. CacheFull.
         """
-        path = self._path(ids, space)
-        self._touch(path)
+        path = self._index.path(ids, space)
+        self._index.touch(path)
         wanted = path[skip // PAGE_TOKENS :]
         pages = pool.take_pages(len(wanted))
         for number, node in enumerate(wanted):
@@ -393,7 +319,7 @@ class PageStore:
                 return pages, [Snapshot(node.depth * PAGE_TOKENS, frozen_copy(data))]
         return pages, []
 
-    def _read(self, node: _Node | None, record: Record | None) -> NDArray[np.uint8] | None:
+    def _read(self, node: StoreNode | None, record: Record | None) -> NDArray[np.uint8] | None:
         """Data of a record, or None when it is damaged; then the page and what follows it are forgotten."""
         assert record is not None
         try:
@@ -405,68 +331,57 @@ class PageStore:
                 self._lose(node)
             return None
 
-    def _lose(self, node: _Node) -> None:
+    def _lose(self, node: StoreNode) -> None:
         """Lets go of a page and of all that hangs on it."""
-        below, stack = list[_Node](), [node]
+        below, stack = list[StoreNode](), [node]
         while stack:
             below.append(stack.pop())
             stack.extend(below[-1].children.values())
         for one in reversed(below):
-            self._unlink(one)
-        self._drop_records([record for one in reversed(below) for record in _records(one)])
+            self._index.unlink(one)
+        self._drop_records([record for one in reversed(below) for record in records_of(one)])
 
     # --- letting go
 
     def pin(self, ids: Sequence[int], *, space: str = "") -> tuple[object, ...]:
         """Keeps what the file holds of `ids` until `unpin` of what this returns; counts as a use."""
-        path = self._path(ids, space)
-        self._touch(path)
-        self._hold(path)
+        path = self._index.path(ids, space)
+        self._index.touch(path)
+        self._index.hold(path)
         return tuple(path)
 
     def unpin(self, pinned: Sequence[object]) -> None:
         """Takes back one `pin`."""
-        self._release([node for node in pinned if isinstance(node, _Node)])
+        self._index.release([node for node in pinned if isinstance(node, StoreNode)])
 
     def discard(self, ids: Sequence[int], *, space: str = "") -> int:
         """Lets go of the pages that only `ids` goes through; returns their number."""
-        gone: list[_Node] = []
-        for node in reversed(self._path(ids, space)):
+        gone: list[StoreNode] = []
+        for node in reversed(self._index.path(ids, space)):
             if node.children or node.pins:
                 break
-            self._unlink(node)
+            self._index.unlink(node)
             gone.append(node)
-        self._drop_records([record for node in gone for record in _records(node)])
+        self._drop_records([record for node in gone for record in records_of(node)])
         return len(gone)
 
     def _evict(self, need: int) -> None:
         """Lets go of least recently used leaves until `need` bytes are free, if it can; in bulk."""
         target = max(need, (self.config.limit_bytes or 0) // 16)
-        leaves = [(n.used, n.number, n) for n in self._nodes.values() if not n.children and not n.pins]
+        leaves = [(n.used, n.number, n) for n in self._index.nodes.values() if not n.children and not n.pins]
         heapq.heapify(leaves)
         gone: list[Record] = []
         freed = 0
         while leaves and freed < target:
             node = heapq.heappop(leaves)[2]
-            gone += _records(node)
-            freed += sum(_bytes_of(record) for record in _records(node))
-            self._unlink(node)
+            gone += records_of(node)
+            freed += sum(bytes_of(record) for record in records_of(node))
+            self._index.unlink(node)
             self._evicted += 1
             parent = node.parent
             if parent is not None and parent.record is not None and not parent.children and not parent.pins:
                 heapq.heappush(leaves, (parent.used, parent.number, parent))
         self._drop_records(gone)
-
-    def _unlink(self, node: _Node) -> None:
-        """Takes a leaf out of the index."""
-        assert node.parent is not None and not node.children and node.record is not None
-        node.parent.children.pop(node.key, None)
-        del self._nodes[node.number]
-        self._page_total -= node.record.size
-        if node.snapshot is not None:
-            self._snapshot_total -= node.snapshot.size
-            self._snapshots -= 1
-        self.live_bytes -= sum(_bytes_of(record) for record in _records(node))
 
     def _drop_records(self, gone: Sequence[Record]) -> None:
         """Says in the file that these are no more, and gives their blocks back. A disk that refuses is no harm: the
@@ -488,16 +403,16 @@ class PageStore:
         """
         path = self._file.path
         fresh_path = path.with_name(f".{path.name}.tmp")
-        if self._tails:
+        if self._index.tails:
             raise SequenceFileError(f"{path} cannot be compacted: sequences wait in it")
         fresh_path.unlink(missing_ok=True)
         fresh = self._open(fresh_path)
         try:
             moved: dict[int, int] = {NONE: NONE}
-            for number in sorted(self._nodes):  # parents come before their children
-                node = self._nodes[number]
+            for number in sorted(self._index.nodes):  # parents come before their children
+                node = self._index.nodes[number]
                 assert node.record is not None and node.parent is not None
-                for record in _records(node):
+                for record in records_of(node):
                     parent = moved.get(record.parent)
                     data = self._read(None, record) if parent is not None else None
                     if data is None or parent is None:
@@ -521,21 +436,6 @@ class PageStore:
         self._read_index()
         self._syncer = Syncer(fresh) if syncing else None
 
-    def _touch(self, path: Sequence[_Node]) -> None:
-        self._tick += 1
-        for node in path:
-            node.used = self._tick
-
-    @staticmethod
-    def _hold(path: Sequence[_Node]) -> None:
-        for node in path:
-            node.pins += 1
-
-    @staticmethod
-    def _release(path: Sequence[_Node]) -> None:
-        for node in path:
-            node.pins -= 1
-
     # --- sequences that stopped in the middle of a page
 
     def spill(self, name: str, sequence: PagedSequence, *, space: str = "") -> int:
@@ -551,7 +451,7 @@ class PageStore:
             space=space,
             urgent=True,
         )
-        path = self._path(sequence.token_ids, space)
+        path = self._index.path(sequence.token_ids, space)
         tail = tail_record(sequence, path[-1].number if path else NONE, name=name)
         size = HEAD_BYTES + len(tail.meta) + sum(len(part) for part in tail.data)
         if len(path) != sequence.length // PAGE_TOKENS or size > self._room():
@@ -559,25 +459,24 @@ class PageStore:
                 f"{self._file.path} has reached its limit of {self.config.limit_bytes} bytes"
             )
         written += self._append([tail], 0)
-        self._hold(path)  # until it comes back
-        self._tail_paths[name] = path
+        self._index.hold(path)  # until it comes back
+        self._index.tail_paths[name] = path
         return written
 
     def unspill(self, name: str, paging: Paging) -> PagedSequence:
         """The sequence that was spilled as `name`. Raises SequenceFileError (unknown, damaged), CacheFull."""
-        record = self._tails.get(name)
+        record = self._index.tails.get(name)
         if record is None:
             raise SequenceFileError(f"{self._file.path} holds no sequence {name!r}")
-        records = [node.record for node in self._tail_paths[name] if node.record is not None]
+        records = [node.record for node in self._index.tail_paths[name] if node.record is not None]
         sequence, _ = rebuild(self._file, records, record, paging)
         return sequence
 
     def forget(self, name: str) -> None:
         """The spilled sequence is no longer wanted."""
-        record = self._tails.pop(name, None)
-        if record is not None and not self.closed:
-            self._release(self._tail_paths.pop(name))
-            self.live_bytes -= _bytes_of(record)
+        if name in self._index.tails and not self.closed:
+            record, path = self._index.drop_tail(name)
+            self._index.release(path)
             self._drop_records([record])
 
     def statistics(self) -> StoreStatistics:
@@ -585,22 +484,14 @@ class PageStore:
         return StoreStatistics(
             file_bytes=self._file.nbytes,
             live_bytes=self.live_bytes,
-            pages=len(self._nodes),
-            snapshots=self._snapshots,
+            pages=len(self._index.nodes),
+            snapshots=self._index.snapshots,
             written_bytes=self._written,
             new_page_bytes=self._page_bytes,
             evicted_pages=self._evicted,
             deferred_pages=self._deferred,
             damaged=self._damaged,
         )
-
-
-def _records(node: _Node) -> list[Record]:
-    return [record for record in (node.record, node.snapshot) if record is not None]
-
-
-def _bytes_of(record: Record) -> int:
-    return HEAD_BYTES + len(record.meta) + record.size
 
 
 def _sync_directory(path: Path) -> None:
