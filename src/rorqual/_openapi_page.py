@@ -1,4 +1,5 @@
-"""An OpenAPI schema as one plain page, for `serve` and for the edge. No script, nothing from elsewhere: it works offline."""
+"""An OpenAPI schema as one plain page, for `serve` and for the edge. No script, nothing from elsewhere: it works
+offline."""
 
 from __future__ import annotations
 

@@ -359,7 +359,7 @@ async def test_files_appear_in_a_jail_and_a_directory_is_lent_to_it(program: Pat
             ):  # its own /out is not its to write
                 await api.put(Vsock(guest_cid=3, uds_path=f"{chroot.LENT}/w.sock"))
             assert not (lent / "w.sock").exists()
-            with pytest.raises(OSError, match="mount namespace of its VMM: .*umount"):
+            with pytest.raises(OSError, match=r"mount namespace of its VMM: .*umount"):
                 chroot.take_back(running.pid)
     finally:
         running.kill()
