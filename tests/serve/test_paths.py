@@ -142,6 +142,8 @@ def test_small_paths(server):
         for name in (
             "vllm:num_requests_running",
             "vllm:prefix_cache_hits_total",
+            "vllm:num_preemptions_total",
+            "rorqual:prefix_lookups_total",
             "vllm:time_to_first_token_seconds",
         ):
             assert name in figures

@@ -30,6 +30,7 @@ class Metrics:
         self.inter_token = self._histogram(
             "vllm:inter_token_latency_seconds", "Between tokens of one request."
         )
+        self.preemptions = self._counter("vllm:num_preemptions", "Requests that had to make room for others.")
         self.queue_time = self._histogram("vllm:request_queue_time_seconds", "Time in the queue.")
         self.latency = self._histogram("vllm:e2e_request_latency_seconds", "Submission to last token.")
         self.kept_bytes = self._gauge("rorqual:prefix_cache_bytes", "Bytes of kept prefixes.")

@@ -123,7 +123,7 @@ class Scheduler:
         self._running: dict[int, Job] = {}
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._next_key = 0
-        self._reserved = 0
+        self._reserved = self._preemptions = 0
         self._mean_seconds = 1.0
         self._draining = self._closing = False
         self._abort: ServeError | None = None
@@ -364,7 +364,7 @@ class Scheduler:
     def _lose_all(self, error: Exception) -> None:
         jobs, self._running = list(self._running.values()), {}
         self._rows.abandon()
-        self._rows = self._make_rows(self.engine)
+        self._rows, self._preemptions = self._make_rows(self.engine), 0
         for job in jobs:
             self._reserved -= job.need_bytes
             self._fail(job, _failure(error))
@@ -405,6 +405,8 @@ class Scheduler:
     def _gauges(self) -> None:
         self._metrics.waiting.set(self._waiting)
         self._metrics.running.set(len(self._running))
+        self._metrics.preemptions.inc(self._rows.preemptions - self._preemptions)
+        self._preemptions = self._rows.preemptions
         self._metrics.kv_usage.set(self._reserved / self._kv_bytes)
         if self.engine.prefixes is not None:
             self._metrics.kept_bytes.set(self.engine.prefixes.held_bytes)
