@@ -214,6 +214,7 @@ def test_a_paused_machine_can_be_taken_and_stays_paused(machine: Sandbox) -> Non
     with restored(taken) as sb:
         assert sb.files.read("/tmp/paused") == "yes"
     assert machine.info().paused and images.remove_image(taken.name)
+    machine.resume()
 
 
 # --- the ports ---
