@@ -92,7 +92,7 @@ def run(
         job, stripdir=job, prependdir="/", quiet=1, force=True, invalidation_mode=unchecked
     )
     disk, early = work / "job.erofs", work / "initrd"
-    subprocess.run(["mkfs.erofs", "--quiet", disk, job], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["mkfs.erofs", "--quiet", "--all-root", disk, job], check=True, stdout=subprocess.DEVNULL)
     early.write_bytes(initrd(kernel))
     console = work / "console"
     machine = subprocess.Popen(

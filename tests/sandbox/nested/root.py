@@ -27,7 +27,7 @@ PACKAGES = (
 )  # fmt: skip
 DISTRIBUTIONS = ("dnspython", "h11", "pytest", "pytest-asyncio", "pytest-timeout", "qemu.qmp", "rorqual")
 LEFT_OUT = {"ensurepip", "idlelib", "lib2to3", "test", "tests", "tkinter", "turtledemo", "site-packages"}
-VERSION = 1
+VERSION = 2
 """Part of the image's name: a change of what goes in makes a new one."""
 
 
@@ -54,7 +54,9 @@ def make(cache: Path) -> Path:
         (tree / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/bash\n")
         (tree / "etc/group").write_text("root:x:0:\n")
         made = Path(building) / image.name
-        subprocess.run(["mkfs.erofs", "--quiet", made, tree], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["mkfs.erofs", "--quiet", "--all-root", made, tree], check=True, stdout=subprocess.DEVNULL
+        )
         for old in cache.glob("nested-root-*.erofs"):
             old.unlink(missing_ok=True)
         made.rename(image)

@@ -39,7 +39,10 @@ def needs() -> str:
     for program, package in NEEDED.items():
         if shutil.which(program) is None:
             return f"no {program}: apt-get install {package}"
-    return ""
+    if shutil.which("dpkg-query") is None:
+        return "the emulated host is made of Debian packages, and this is no Debian"
+    known = subprocess.run(["dpkg-query", "-L", *root.PACKAGES], capture_output=True, text=True, check=False)
+    return f"packages are missing: {' '.join(known.stderr.split())}" if known.returncode else ""
 
 
 @pytest.mark.slow
