@@ -29,6 +29,7 @@ from rorqual.sandbox import (
 )
 from rorqual.sandbox.machines.q35 import Q35
 from rorqual.sandbox.state import StateDir
+from tests.sandbox.internet import World
 
 MEMTEST = "/usr/lib/memtest86+/memtest86+x64.iso"
 
@@ -253,7 +254,7 @@ def test_a_machine_that_switches_itself_off_has_ended(taken: Snapshot) -> None:
 
 
 @pytest.mark.slow
-def test_a_cloud_image_boots_under_uefi_and_gets_our_agent_by_its_seed(state: StateDir) -> None:
+def test_a_cloud_image_boots_under_uefi_and_gets_agent_and_network_by_its_seed(world: World) -> None:
     image = disk("test-cloud", packages=["cloud-init", "sudo"], agent=False)
     seed = {
         "user": "ada",
@@ -271,12 +272,16 @@ def test_a_cloud_image_boots_under_uefi_and_gets_our_agent_by_its_seed(state: St
         timeout=600,
         cloud_init=seed,
         channel="agent",
+        network={"allow": ["allowed.test"]},
     ) as sb:
         wait_until(lambda: sb.files.exists("/home/ada/.ssh/authorized_keys"), seconds=120)
         done = sb.commands.run(
             "ls -d /sys/firmware/efi; hostname; id -un ada; cat /home/ada/.ssh/authorized_keys /etc/seeded"
         )
         assert done.stdout == "/sys/firmware/efi\nengine\nada\nssh-ed25519 AAAA ada@host\né from the seed\n"
+        fetch = "python3 -c 'import urllib.request as u; print(u.urlopen(\"http://%s/\", timeout=30).read().decode())'"
+        wait_until(lambda: sb.commands.run(fetch % "allowed.test").stdout == "93.184.216.34\n")
+        assert "not known" in sb.commands.run(fetch % "other.test").stderr
         wait_until(lambda: (sb.screen.size().width, sb.screen.size().height) == (1280, 800))
         assert "secret word" not in str([(entry.request, entry.result) for entry in sb.trajectory.list()])
 
