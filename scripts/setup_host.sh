@@ -24,6 +24,12 @@ if [ "${1:-}" = test ]; then
   need qemu-img qemu-utils              # their disks
   need lz4 lz4                          # unpacks their kernel
   need xorriso xorriso                  # their cloud-init seed
+  need sfdisk fdisk                     # disks that boot: partitions,
+  need mke2fs e2fsprogs                 # the file system,
+  need mcopy mtools                     # the EFI partition,
+  need grub-mkimage grub-common         # and the loader, for BIOS and UEFI
+  need_file /usr/lib/grub/i386-pc/boot.img grub-pc-bin
+  need_file /usr/lib/grub/x86_64-efi/kernel.img grub-efi-amd64-bin
   need_file /usr/share/OVMF/OVMF_CODE.fd ovmf       # UEFI
   need_file /bin/busybox busybox-static             # the emulated host that runs Firecracker
   need_file /usr/lib/memtest86+/memtest86+x64.iso memtest86+  # a guest that is no Linux
