@@ -5,7 +5,6 @@ One machine serves most tests, in the order of the file: on an emulated host a b
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import shutil
@@ -161,16 +160,15 @@ def test_a_paused_one_is_resumed_by_the_next_call(machine: Sandbox) -> None:
 
 
 def test_its_memory_is_given_back_by_the_balloon(machine: Sandbox) -> None:
-    vm = StateDir.from_environment().sandboxes / machine.id / "vm"
     used = lambda: int(machine.commands.run("free -m").stdout.split()[8])  # noqa: E731
     before = used()
-    assert asyncio.run(VMM.set_memory(100, vm=vm)) == 100
+    assert machine.set_memory(100) == 100
     assert used() >= before + 20  # what the balloon holds
-    assert asyncio.run(VMM.set_memory(128, vm=vm)) == 128
+    assert machine.set_memory(128) == 128
     assert used() < before + 20
     for wrong in (15, 129):
         with pytest.raises(InvalidRequest, match="from 16 to the machine's 128 MiB"):
-            asyncio.run(VMM.set_memory(wrong, vm=vm))
+            machine.set_memory(wrong)
 
 
 def test_it_runs_on_while_it_is_taken(machine: Sandbox, snapshot: Snapshot) -> None:
