@@ -273,7 +273,7 @@ async def test_a_stopped_edge_leaves_its_sandboxes_and_the_next_takes_them_up(
     edge: EdgeProcess, sb: AsyncSandbox
 ) -> None:
     handle = await sb.commands.run("sleep 1; echo through", background=True)
-    assert edge.stop() == 0
+    assert await asyncio.to_thread(edge.stop) == 0  # our loop answers its goodbye meanwhile
     assert "lives on" in edge.log.read_text()
     edge.start()
     assert (await handle.wait()).stdout == "through\n"
@@ -283,7 +283,7 @@ async def test_end_on_stop_ends_them_with_a_cause(runtime: str, tmp_path: Path) 
     other = EdgeProcess("brief", tmp_path, options=["--end-on-stop"])
     other.start()
     sb = await AsyncSandbox.create(edge=other.socket)
-    assert other.stop() == 0
+    assert await asyncio.to_thread(other.stop) == 0
     await sb.close()
     assert not (StateDir.from_environment().sandboxes / sb.id).exists()
     with pytest.raises(SandboxNotFound, match="killed"):

@@ -95,9 +95,7 @@ class _Running:
 class AsyncFunction:
     """Runs calls, each in a fresh sandbox with Python warm. Make it with `AsyncSandbox.function`."""
 
-    def __init__(
-        self, spec: FunctionSpec, *, state: StateDir, trajectory: Path, edge: str = "local"
-    ) -> None:
+    def __init__(self, spec: FunctionSpec, *, state: StateDir, trajectory: Path, edge: str = "local") -> None:
         self._spec = spec
         self._edge = edge
         self._state = state

@@ -109,7 +109,7 @@ class Edge:
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
-            await asyncio.wait(list(self._tasks), timeout=10.0)
+            await asyncio.wait(list(self._tasks), timeout=3.0)
         for tenancy in self._tenancies.values():
             if tenancy.sandbox is not None:
                 await tenancy.sandbox.close()

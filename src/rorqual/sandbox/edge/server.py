@@ -16,7 +16,8 @@ from rorqual.sandbox.edge.app import create_app
 from rorqual.sandbox.edge.edge import Edge
 from rorqual.sandbox.errors import HostUnfit
 
-GRACE_S = 5
+GRACE_S = 2
+"""Seconds that open connections have to end after a signal."""
 
 
 class Server(uvicorn.Server):
