@@ -310,6 +310,8 @@ def test_a_guest_that_is_no_system_at_all_has_screen_and_keyboard() -> None:
     [
         ({"image": "no-such"}, ImageNotFound, "build_debian_disk"),
         ({"image": "/no/such.qcow2"}, ImageRejected, "No such file"),
+        ({"image": "sub/../../etc/passwd"}, InvalidRequest, "not an image name"),
+        ({"image": "disk.raw"}, ImageNotFound, "path"),
         ({"image": "/etc/passwd"}, ImageRejected, "memory|512|bytes"),
         ({"firmware": "coreboot"}, InvalidRequest, "firmware"),
         ({"channel": "ssh"}, InvalidRequest, "channel"),

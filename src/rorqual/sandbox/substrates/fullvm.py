@@ -79,7 +79,6 @@ MIN_MEMORY_MB = 64
 PATIENCE_S = {"tcg": 240.0, "kvm": 90.0}
 """How long a machine may take from power-on until something in it answers."""
 _VMM_PIDS = 64
-_DISK_SUFFIXES = (".qcow2", ".raw", ".img", ".iso")
 
 
 class FullVm:
@@ -168,10 +167,15 @@ def _accelerator(vmm: Q35, spec: SandboxSpec) -> Accelerator:
     return found
 
 
+def is_path(image: str) -> bool:
+    """Whether it is the path of a file, and no name: an edge, too, tells a path of its host by how it begins."""
+    return image.startswith(("/", "./", "../", "~"))
+
+
 def find_disk(image: str) -> Disk:
     """A path, or the name of a disk that `images.build_debian_disk` has made. Raises ImageNotFound, ImageRejected."""
-    if "/" in image or image.endswith(_DISK_SUFFIXES):
-        return disks.inspect(Path(image))
+    if is_path(image):
+        return disks.inspect(Path(image).expanduser())
     known = {item.name: item.path for item in debian_disk.disks()}
     if image not in known:
         raise ImageNotFound(
@@ -285,7 +289,7 @@ def _prepare(
 ) -> tuple[Pc, dict[str, Any], list[str]]:
     """The machine, its part of the record, and the leases on what it is restored from. Blocks."""
     found = None
-    if "/" not in spec.image and not spec.image.endswith(_DISK_SUFFIXES):
+    if not is_path(spec.image):
         found = snapshot.find(spec.image, state=state)
     if found is not None:
         return _restored(vmm, spec, accelerator, *found, sandbox_id=sandbox_id)
