@@ -92,7 +92,9 @@ async def run_order(keeper: KeeperClient, order: Mapping[str, Any]) -> dict[str,
     sandbox_id = order["id"]
     future = keeper.request("launch", order=order)
     try:
-        answer = await asyncio.wait_for(asyncio.wrap_future(future), timeout=_LAUNCH_DEADLINE_S)
+        # Not wait_for(), which loses a cancellation that meets the answer.
+        async with asyncio.timeout(_LAUNCH_DEADLINE_S):
+            answer: dict[str, Any] = await asyncio.wrap_future(future)
     except BaseException as error:  # cancelled or too slow: whatever the keeper has begun, it ends
         detail = "the launch was cancelled"
         end = keeper.request("kill", sandbox=sandbox_id, cause="killed", detail=detail)
