@@ -433,9 +433,3 @@ async def test_mounts_show_host_files_and_only_writable_ones_change(kind: str, t
 async def test_a_wrong_request_starts_nothing(fields: dict[str, object], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         await AsyncSandbox.create(**fields)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["fullvm"])
-async def test_a_substrate_that_is_not_built_yet_says_so(name: str) -> None:
-    with pytest.raises(Unsupported, match="Available: container, function, microvm"):
-        await AsyncSandbox.create(substrate=name)
