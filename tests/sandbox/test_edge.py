@@ -61,6 +61,21 @@ async def ids(edge: EdgeProcess) -> set[str]:
     return {info.id for info in await AsyncSandbox.list(edge=edge.socket)}
 
 
+async def test_handles_of_commands_and_terminals_end_what_they_stand_for(sb: AsyncSandbox) -> None:
+    command = await sb.commands.run(
+        "trap 'echo told; exit 3' TERM; echo up; while :; do sleep 0.05; done", background=True
+    )
+    await until(lambda: command.stdout == "up\n")
+    assert await command.kill(signal=15)
+    assert (await command.wait()).exit_code == 3 and command.stdout == "up\ntold\n"
+    assert not await command.kill()
+    terminal = await sb.pty.create(cmd="sleep 1000")
+    assert await terminal.kill()
+    assert await terminal.wait() == 137
+    assert not await terminal.kill()
+    assert [entry.kind for entry in await sb.trajectory.list()].count("kill") >= 2
+
+
 # -- kill -9 of the edge ------------------------------------------------------------------------------------
 
 

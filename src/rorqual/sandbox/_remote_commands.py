@@ -112,7 +112,10 @@ class RemoteCommandHandle(AsyncCommandHandle):
 
     async def kill(self, *, signal: int = 9) -> bool:
         """Signals its whole process group; False when it had ended."""
-        return bool(await self._channel.call("signal", name="kill", command=self.id, signal=signal))
+        arguments = {"id": self.id, "signal": signal}
+        return bool(
+            await self._channel.call("call", name="commands.kill", method="commands.kill", args=arguments)
+        )
 
     async def send_stdin(self, data: str | bytes) -> None:
         """Writes to its standard input (started with `stdin=True`)."""
@@ -241,7 +244,8 @@ class RemotePtyHandle(AsyncPtyHandle):
 
     async def kill(self) -> bool:
         """Ends it, with everything that runs in it."""
-        return bool(await self._channel.call("signal", name="kill", command=self.id, signal=9))
+        arguments = {"id": self.id}
+        return bool(await self._channel.call("call", name="pty.kill", method="pty.kill", args=arguments))
 
     def _start(self, on_data: OnData | None) -> None:
         self._task = asyncio.create_task(self._collect(on_data))
