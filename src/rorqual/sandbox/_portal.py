@@ -80,6 +80,8 @@ def close() -> None:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=5.0)
         if not thread.is_alive():
+            # What still waits (a command that outlives its client) ends with the process: no word about it.
+            loop.set_exception_handler(lambda *_: None)
             loop.close()
 
 
