@@ -226,6 +226,7 @@ class KeeperClient:
     def close(self) -> None:
         """Lets go of the keeper. It ends the sandboxes that are not kept, then itself; waits for that up to
         10 s."""
+        lives_on = self.keeps and not self.dead  # asked before the reader takes our hanging up for a death
         self._closing = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -234,7 +235,7 @@ class KeeperClient:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout=10.0)
             # A dead keeper's sandboxes are being reaped in that thread: the process must not end in the middle.
-            self._thread.join(timeout=0.2 if self.keeps and not self.dead else 10.0)
+            self._thread.join(timeout=0.2 if lives_on else 10.0)
         self._sock.close()
 
 
