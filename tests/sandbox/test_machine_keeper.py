@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rorqual.sandbox.keeper import cgroups, machine
+from rorqual.sandbox.keeper import cgroups, client, machine
 from rorqual.sandbox.keeper.client import KeeperClient
 from rorqual.sandbox.state import StateDir
 
@@ -211,3 +212,36 @@ async def test_a_paused_machine_is_thawed_while_it_is_held_and_frozen_after(
     while not freezer.frozen() and time.monotonic() < deadline:
         await asyncio.sleep(0.005)
     assert freezer.frozen() and (await ask(keeper, "status", sandbox=it["id"]))["still"]
+
+
+_DEATHS_FIRST = """
+import selectors, time
+class DeathsFirst(selectors.DefaultSelector):
+    def select(self, timeout=None):
+        super().select(timeout)
+        time.sleep(0.05)
+        return sorted(super().select(0), key=lambda event: event[0].data != "wake")
+selectors.DefaultSelector = DeathsFirst
+"""
+"""What happens within 50 ms is told at once, deaths first: the kernel's own order when several machines die at once."""
+
+
+async def test_a_pipe_that_closes_together_with_its_machine_is_not_looked_at_after_its_end(
+    state: StateDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_BOOT", _DEATHS_FIRST + client._BOOT)
+    state.prepare()
+    keeper = await asyncio.to_thread(KeeperClient.start, state)
+    try:
+        orders = [order(state, "exec sleep 60") for _ in range(4)]
+        pids = [(await ask(keeper, "launch", order=it))["init_pid"] for it in orders]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for it in orders:
+            cause, detail = await ended(keeper, it["id"])
+            assert cause == "infra" and "signal 9" in detail
+        last = order(state, "echo END; exec sleep 60")
+        await ask(keeper, "launch", order=last)
+        await console(keeper, last["id"], "END")
+    finally:
+        await asyncio.to_thread(keeper.close)

@@ -146,6 +146,10 @@ class Keeper:
             # An hour at most: epoll takes no wait above 24.8 days, and lifetimes go up to 30.
             pause = holds.POLL_S if self.holds.waiting else min(nearest - now, 3600.0)
             for key, _ in self.selector.select(max(0.0, pause)):
+                # What came before in this batch may have ended a sandbox: its descriptors are closed, or another's.
+                now_there = self.selector.get_map().get(key.fd)
+                if now_there is None or now_there.data is not key.data:
+                    continue
                 if key.data == "wake":
                     with contextlib.suppress(BlockingIOError):
                         os.read(self.wake, 4096)
