@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from rorqual.sandbox.errors import HostUnfit, ImageError, InvalidRequest
-from rorqual.sandbox.host import find_program
+from rorqual.sandbox.errors import HostUnfit, InvalidRequest
 from rorqual.sandbox.images import layers
 from rorqual.sandbox.images.base import USER_ID
+from rorqual.sandbox.images.programs import run_program
 from rorqual.sandbox.images.store import ImageInfo, image_directory, install
 from rorqual.sandbox.images.unpack import Root, furnish
 from rorqual.sandbox.keeper.removal import remove_tree
@@ -55,14 +54,10 @@ def build_debian(
         raise InvalidRequest(
             f"packages, suite: {wrong or suite!r}: not the name of a Debian package or release"
         )
-    program = find_program("mmdebstrap")
-    if program is None:
-        raise HostUnfit("mmdebstrap is not installed.", fix="apt-get install mmdebstrap")
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=state.images))
     try:
         building.chmod(0o755)
         command = [
-            program,
             "--quiet",
             "--variant=minbase",
             "--mode=" + ("root" if os.geteuid() == 0 else "unshare"),
@@ -78,20 +73,7 @@ def build_debian(
             command.remove("--include=")
         if mirror:
             command.append(mirror)
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ImageError(f"{name}: mmdebstrap was not done after {timeout:g} s") from error
-        if done.returncode:
-            words = [line for line in done.stderr.splitlines() if line.strip()]
-            raise ImageError(f"{name}: mmdebstrap failed: {' | '.join(words[-3:]) or done.returncode}")
+        run_program("mmdebstrap", command, package="mmdebstrap", about=name, timeout=timeout, lines=3)
         root = Root(str(building / "rootfs"), source=name)
         try:
             furnish(root, user_id=USER_ID)

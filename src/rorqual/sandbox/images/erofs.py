@@ -15,13 +15,12 @@ import hashlib
 import os
 import re
 import struct
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rorqual.sandbox.errors import HostUnfit, ImageError
-from rorqual.sandbox.host import find_program
+from rorqual.sandbox.errors import ImageError
+from rorqual.sandbox.images.programs import run_program
 from rorqual.sandbox.keeper.erofs import mount_erofs
 from rorqual.sandbox.state import StateDir
 
@@ -127,30 +126,21 @@ def run_mkfs(directory: Path, target: str, *, data: str = "", chunk_bytes: int =
 
     Raises HostUnfit, ImageError.
     """
-    program = find_program("mkfs.erofs")
-    if program is None:
-        raise HostUnfit("mkfs.erofs is not installed.", fix="apt-get install erofs-utils")
     # Extended inodes carry each file's own time; -T would set every file's time to one value, and Python would take
     # every compiled module for stale.
-    command = [program, "--quiet", "-d0", "-U", _UUID, "-Eforce-inode-extended"]
+    arguments = ["--quiet", "-d0", "-U", _UUID, "-Eforce-inode-extended"]
     if data:
-        command += [f"--chunksize={chunk_bytes}", f"--blobdev={data}"]
-    command += [target, str(directory)]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ImageError(f"{directory}: mkfs.erofs was not done after {_TIMEOUT_S:g} s") from error
-    if done.returncode:
-        words = [line for line in done.stderr.splitlines() if "erofs:" in line]
-        raise ImageError(f"{directory}: mkfs.erofs failed: {' | '.join(words[-2:]) or done.returncode}")
+        arguments += [f"--chunksize={chunk_bytes}", f"--blobdev={data}"]
+    arguments += [target, str(directory)]
+    run_program(
+        "mkfs.erofs",
+        arguments,
+        package="erofs-utils",
+        about=str(directory),
+        timeout=_TIMEOUT_S,
+        lines=2,
+        holding="erofs:",
+    )
     _fix_superblock(target)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 
-from rorqual.sandbox.errors import HostUnfit, ImageError, InvalidRequest
-from rorqual.sandbox.host import find_program
+from rorqual.sandbox.errors import InvalidRequest
 from rorqual.sandbox.images.oci import import_oci
+from rorqual.sandbox.images.programs import run_program
 from rorqual.sandbox.images.store import ImageInfo, image_directory
 from rorqual.sandbox.images.unpack import Bounds
 from rorqual.sandbox.keeper.removal import remove_tree
@@ -47,31 +46,21 @@ def import_registry(
         raise InvalidRequest(
             f"reference: {reference!r} is not HOST[:PORT]/PATH[:TAG][@sha256:<64 hex digits>]"
         )
-    program = find_program("skopeo")
-    if program is None:
-        raise HostUnfit("skopeo is not installed.", fix="apt-get install skopeo")
     tag, at, digest = reference.rpartition("@")
     if at and ":" in tag.rpartition("/")[2]:  # skopeo takes one of the two; the digest is the one that binds
         reference = f"{tag.rpartition(':')[0]}@{digest}"
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=state.images))
     try:
-        command = [program, "copy", "--quiet", "--override-os=linux", f"--src-tls-verify={str(tls).lower()}"]
-        command += [f"docker://{reference}", f"oci:{building}/layout:image"]
-        try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ImageError(f"{reference}: skopeo was not done after {timeout:g} s") from error
-        if done.returncode:
-            words = [line for line in done.stderr.splitlines() if line.strip()]
-            raise ImageError(f"{reference}: skopeo failed: {(words or ['no message'])[-1][-500:]}")
+        run_program(
+            "skopeo",
+            [
+                *("copy", "--quiet", "--override-os=linux", f"--src-tls-verify={str(tls).lower()}"),
+                *(f"docker://{reference}", f"oci:{building}/layout:image"),
+            ],
+            package="skopeo",
+            about=reference,
+            timeout=timeout,
+        )
         return import_oci(building / "layout", name=name, bounds=bounds, state=state)
     finally:
         remove_tree(str(building))

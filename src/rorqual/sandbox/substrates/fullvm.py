@@ -9,14 +9,10 @@ never a silent choice: firmware, accelerator and channel are what was asked for,
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
-import os
 import secrets
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +23,6 @@ from rorqual.sandbox.errors import (
     HostUnfit,
     ImageNotFound,
     InvalidRequest,
-    LaunchFailed,
-    SandboxError,
     Unsupported,
 )
 from rorqual.sandbox.images import debian_disk
@@ -49,12 +43,12 @@ from rorqual.sandbox.network.order import (
     has_network,
     network_capabilities,
     network_order,
-    network_record,
 )
 from rorqual.sandbox.network.secret import secret_envs
 from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates.base import Launched, run_order
+from rorqual.sandbox.substrates.machine import Seat, machine_order, machine_record, started
 
 if TYPE_CHECKING:
     from rorqual.sandbox._session import Session
@@ -78,7 +72,6 @@ _CAPABILITIES = frozenset(
 MIN_MEMORY_MB = 64
 PATIENCE_S = {"tcg": 240.0, "kvm": 90.0}
 """How long a machine may take from power-on until something in it answers."""
-_VMM_PIDS = 64
 
 
 class FullVm:
@@ -198,68 +191,36 @@ async def _launch(
         )
         plan = vmm.pc(pc, vm=directory / "vm")
         keeper = await asyncio.to_thread(own_keeper, state)
-        root = os.geteuid() == 0
-        cgroup = f"/rorqual-{sandbox_id}" if root and cgroups.hierarchies() else ""
-        user = _user(sandbox_id) if root else None
-        network = network_order(spec, sandbox_id=sandbox_id, tap=Tap(owner=user or 0, group=user or 0))
-        limit = pc.memory_mb + plan.overhead_mb << 20 if cgroup else None
-        record |= {
-            "id": sandbox_id,
-            "directory": str(directory),
-            "substrate": spec.substrate,
-            "image": spec.image,
-            "runtime": "qemu",
-            "accelerator": accelerator.name,
-            "rootless": not root,
-            **network_record(spec),
-            "own_kernel": True,
-            "metadata": dict(spec.metadata),
-            "created": time.time(),
-            "spec": asdict(spec),
-            "id_base": None,
-            "cgroup": cgroup,
-            "guest": plan.guest,
-            "patience": PATIENCE_S[accelerator.name],
-            "screen": True,
-            "trajectory": str(trajectory),
-            "limits": {
-                "memory": "machine",
-                "pids": "none",
-                "cpu": "cgroup" if cgroup else "none",
-                "disk": "rlimit" if record["disk_mb"] is not None else "none",
-            },
-        }
-        order = {
-            "kind": "machine",
-            "id": sandbox_id,
-            "directory": str(directory),
-            "keep": spec.keep,
-            "timeout": spec.timeout,
-            "cgroup": cgroup,
-            "trajectory": str(trajectory),
-            "leases": held,
-            "userns": None,
-            "argv": plan.argv,
-            "env": plan.env,
-            "files": plan.files,
-            "limits": {"memory": limit, "pids": _VMM_PIDS + pc.cpus, "cpu": spec.cpu},
-            "user": user,
-            "shown": plan.shown if root else None,
-            "devices": plan.devices,
-            "network": network,
-            "record": record,
-        }
+        seat = Seat.of(sandbox_id)
+        network = network_order(
+            spec, sandbox_id=sandbox_id, tap=Tap(owner=seat.user or 0, group=seat.user or 0)
+        )
+        record |= machine_record(
+            spec,
+            seat,
+            plan,
+            sandbox_id=sandbox_id,
+            directory=directory,
+            runtime="qemu",
+            accelerator=accelerator.name,
+            trajectory=trajectory,
+            limits={"pids": "none", "disk": "rlimit" if record["disk_mb"] is not None else "none"},
+        )
+        record |= {"patience": PATIENCE_S[accelerator.name], "screen": True}
+        order = machine_order(
+            spec,
+            seat,
+            plan,
+            record=record,
+            leases=held,
+            network=network,
+            memory_mb=pc.memory_mb,
+            cpus=pc.cpus,
+        )
         answer = await run_order(keeper, order)
     finally:
         await asyncio.shield(asyncio.to_thread(remove_tree, str(building)))
-    try:
-        await vmm.go_on(pc, vm=directory / "vm")
-    except BaseException as error:
-        request = keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=f"its VMM: {error}")
-        await asyncio.shield(asyncio.wrap_future(request))
-        if isinstance(error, SandboxError):
-            raise LaunchFailed(sandbox_id, stage="vmm", detail=str(error)) from error
-        raise
+    await started(vmm.go_on(pc, vm=directory / "vm"), keeper, sandbox_id=sandbox_id)
     return Launched(
         sandbox_id=sandbox_id,
         keeper=keeper,
@@ -271,7 +232,7 @@ async def _launch(
         runtime="qemu",
         limits=record["limits"],
         notes=tuple(record["notes"]),
-        oom_kills=cgroups.OomCounter(cgroup).read,
+        oom_kills=cgroups.OomCounter(seat.cgroup).read,
         patience=record["patience"],
         own_kernel=True,
         greet=partial(_greet, sandbox_id, restored=pc.restore is not None, network=network is not None),
@@ -421,12 +382,6 @@ def _restored(
 def _words(vmm: Q35, accelerator: Accelerator) -> str:
     how = "runs with KVM" if accelerator.name == "kvm" else f"emulated, not accelerated: {accelerator.why}"
     return f"QEMU {vmm.version()} (q35): {how}"
-
-
-def _user(sandbox_id: str) -> int:
-    """The host id of a sandbox's VMM: two machines share one only by chance."""
-    digest = int.from_bytes(hashlib.sha256(sandbox_id.encode()).digest()[:2], "big")
-    return host.ID_BASE + host.ID_COUNT + digest
 
 
 async def _greet(sandbox_id: str, guest: GuestClient, *, restored: bool, network: bool) -> None:

@@ -10,13 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import math
-import os
 import secrets
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +20,7 @@ from urllib.parse import quote
 
 from rorqual.sandbox import host
 from rorqual.sandbox._guest import GuestClient
-from rorqual.sandbox.errors import HostUnfit, InvalidRequest, LaunchFailed, SandboxError, Unsupported
+from rorqual.sandbox.errors import HostUnfit, InvalidRequest, Unsupported
 from rorqual.sandbox.images.unpack import Bounds
 from rorqual.sandbox.keeper import cgroups, leases
 from rorqual.sandbox.keeper.client import own_keeper
@@ -41,13 +37,13 @@ from rorqual.sandbox.network.order import (
     has_network,
     network_capabilities,
     network_order,
-    network_record,
 )
 from rorqual.sandbox.network.secret import secret_envs
 from rorqual.sandbox.records import Snapshot
 from rorqual.sandbox.state import StateDir
 from rorqual.sandbox.substrates.base import Launched, run_order
 from rorqual.sandbox.substrates.container import guest_binary
+from rorqual.sandbox.substrates.machine import Seat, machine_order, machine_record, started
 
 if TYPE_CHECKING:
     from rorqual.sandbox._session import Session
@@ -61,8 +57,6 @@ _CAPABILITIES = frozenset(
 )
 MIN_MEMORY_MB = 128
 _INTERFACE = {"tap": "tap0", "mac": MACHINE_MAC}
-_VMM_PIDS = 64
-"""Threads of a VMM beside its CPUs."""
 PATIENCE_S = 90.0
 """How long a guest may take to answer: an emulated one on a busy host takes its time."""
 
@@ -160,72 +154,32 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
     directory = state.sandboxes / sandbox_id
     plan = vmm.plan(boot, vm=directory / "vm")
     keeper = await asyncio.to_thread(own_keeper, state)
-    root = os.geteuid() == 0
-    cgroup = f"/rorqual-{sandbox_id}" if root and cgroups.hierarchies() else ""
-    user = _user(sandbox_id) if root else None
-    network = network_order(spec, sandbox_id=sandbox_id, tap=Tap(owner=user or 0, group=user or 0))
-    memory_limit = boot.memory_mb + plan.overhead_mb << 20 if cgroup else None
-    record |= {
-        "id": sandbox_id,
-        "notes": [*record["notes"], *plan.notes],
-        "directory": str(directory),
-        "substrate": spec.substrate,
-        "image": spec.image,
-        "runtime": vmm.name,
-        "accelerator": accelerator.name,
-        "rootless": not root,
-        **network_record(spec),
-        "own_kernel": True,
-        "metadata": dict(spec.metadata),
-        "created": time.time(),
-        "spec": asdict(spec),
-        "id_base": None,
-        "cgroup": cgroup,
-        "guest": plan.guest,
-        "trajectory": str(trajectory),
-        "limits": {
-            "memory": "machine",
-            "pids": "guest",
-            "cpu": "cgroup" if cgroup else "none",
-            "disk": "guest" if record["disk_mb"] is not None else "none",
-        },
-    }
-    order = {
-        "kind": "machine",
-        "id": sandbox_id,
-        "directory": str(directory),
-        "keep": spec.keep,
-        "timeout": spec.timeout,
-        "cgroup": cgroup,
-        "trajectory": str(trajectory),
-        "leases": held,
-        "userns": None,
-        "argv": plan.argv,
-        "env": plan.env,
-        "files": plan.files,
-        "limits": {"memory": memory_limit, "pids": _VMM_PIDS + boot.cpus, "cpu": spec.cpu},
-        "user": boot.user if plan.chroot is None else None,
-        "shown": plan.shown if root else None,
-        "chroot": plan.chroot,
-        "links": plan.links,
-        "devices": plan.devices,
-        "network": network,
-        "record": record,
-    }
+    seat = Seat.of(sandbox_id)
+    network = network_order(spec, sandbox_id=sandbox_id, tap=Tap(owner=seat.user or 0, group=seat.user or 0))
+    record |= machine_record(
+        spec,
+        seat,
+        plan,
+        sandbox_id=sandbox_id,
+        directory=directory,
+        runtime=vmm.name,
+        accelerator=accelerator.name,
+        trajectory=trajectory,
+        limits={"pids": "guest", "disk": "guest" if record["disk_mb"] is not None else "none"},
+    )
+    record["notes"] = [*record["notes"], *plan.notes]
+    order = machine_order(
+        spec,
+        seat,
+        plan,
+        record=record,
+        leases=held,
+        network=network,
+        memory_mb=boot.memory_mb,
+        cpus=boot.cpus,
+    )
     answer = await run_order(keeper, order)
-    try:
-        await vmm.start(boot, vm=directory / "vm")
-    except BaseException as error:
-        request = keeper.request("kill", sandbox=sandbox_id, cause="infra", detail=f"its VMM: {error}")
-        await asyncio.shield(asyncio.wrap_future(request))
-        verdicts: list[str] = []
-        keeper.watch(
-            sandbox_id, lambda cause, detail: verdicts.append(detail)
-        )  # known by now, so told at once
-        if isinstance(error, SandboxError):
-            detail = "; ".join(dict.fromkeys([str(error), *verdicts]))
-            raise LaunchFailed(sandbox_id, stage="vmm", detail=detail) from error
-        raise
+    await started(vmm.start(boot, vm=directory / "vm"), keeper, sandbox_id=sandbox_id)
     return Launched(
         sandbox_id=sandbox_id,
         keeper=keeper,
@@ -237,17 +191,10 @@ async def _launch(spec: SandboxSpec, *, sandbox_id: str, state: StateDir, trajec
         runtime=vmm.name,
         limits=record["limits"],
         notes=tuple(record["notes"]),
-        oom_kills=cgroups.OomCounter(cgroup).read,
+        oom_kills=cgroups.OomCounter(seat.cgroup).read,
         patience=PATIENCE_S,
         own_kernel=True,
         greet=partial(_become_its_own, sandbox_id, record) if boot.restore is not None else None,
-    )
-
-
-def _user(sandbox_id: str) -> int:
-    """The host id of a sandbox's VMM, above those of containers: two machines share one only by chance."""
-    return (
-        host.ID_BASE + host.ID_COUNT + int.from_bytes(hashlib.sha256(sandbox_id.encode()).digest()[:2], "big")
     )
 
 
@@ -284,7 +231,7 @@ def _prepare(
         memory_mb=_machine_memory(spec),
         cpus=max(1, math.ceil(spec.cpu)),
         accelerator=accelerator.name,
-        user=_user(sandbox_id) if os.geteuid() == 0 else None,
+        user=Seat.of(sandbox_id).user,
         disk=snapshot.empty_disk() if spec.disk_mb is None else None,
         network=_INTERFACE if has_network(spec) else None,
     )
@@ -354,7 +301,7 @@ def _restored(
         memory_mb=machine["memory_mb"],
         cpus=machine["cpus"],
         accelerator=accelerator.name,
-        user=_user(sandbox_id) if os.geteuid() == 0 else None,
+        user=Seat.of(sandbox_id).user,
         disk=place / memory.DISK if machine["disk"] else None,
         restore=place,
         network=_INTERFACE if machine["network"] else None,
