@@ -318,6 +318,9 @@ def main() -> None:
         "question": "how many live idle sandboxes does this host hold, and what does each cost?"
     }
     document |= facts() | {"goal": GOAL}
+    if options.out.is_file():  # parts that are not asked for stay as they were measured
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        document |= {part: before[part] for part in parts if part in before and part not in wanted}
     runs = {
         "containers": lambda: containers(options.count, options.share),
         "functions": lambda: functions(options.workers),
@@ -326,7 +329,9 @@ def main() -> None:
     }
     for part in wanted:
         load = os.getloadavg()[0]
-        document[part] = asyncio.run(runs[part]()) | {"load_before": round(load, 2)}
+        row = asyncio.run(runs[part]())
+        row["load"] = [round(load, 2), round(os.getloadavg()[0], 2)]
+        document[part] = row | {"commit": document["commit"]}
         say(f"{part}: {json.dumps({k: v for k, v in document[part].items() if k != 'curve'})}")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
