@@ -397,6 +397,7 @@ class Keeper:
             else:
                 self.fail(entry, stage="", detail=str(error))
         else:
+            entry.order.pop("config", None)  # the runtime's: 60 KB, of thousands that live
             if entry.init_pid in self.strays:
                 self.finish(entry, self.strays.pop(entry.init_pid))
             else:
