@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rorqual.sandbox import (
 from rorqual.sandbox._async import commands
 from rorqual.sandbox.images import Bounds, images, remove_image
 from rorqual.sandbox.keeper import cgroups, layers, leases
+from rorqual.sandbox.prune import prune, reap_once
 from rorqual.sandbox.state import StateDir
 
 pytestmark = pytest.mark.skipif(not cgroups.can_freeze(), reason="no freezer cgroup that this user may use")
@@ -373,3 +375,25 @@ def test_links_are_copied_as_links_and_not_followed(tmp_path: Path) -> None:
     assert (budget.entries, budget.size_bytes) == (5, 1)
     assert os.readlink(target / "d/out") == str(tmp_path / "outside") and os.readlink(target / "loop") == ".."
     assert (target / "one").stat().st_ino == (target / "d/two").stat().st_ino
+
+
+def test_a_snapshot_whose_maker_was_killed_is_removed_at_the_next_start(tmp_path: Path) -> None:
+    state = StateDir(root=tmp_path / "state", run=tmp_path / "run" / "x")
+    state.prepare()
+    old = time.time() - 60
+    for name in ("dead", "alive", "fresh", "other"):
+        place = state.images / f".building-{name}"
+        place.mkdir()
+        if name != "other":  # an image that is being imported has no lease, and hours
+            (place / leases.FILE).touch()
+            os.utime(place / leases.FILE, (old, old))
+    os.utime(state.images / ".building-fresh" / leases.FILE)
+    held = leases.take([str(state.images / ".building-alive" / leases.FILE)])
+    try:
+        reap_once(state)
+        left = {path.name.removeprefix(".building-") for path in state.images.iterdir()}
+        assert left == {"alive", "fresh", "other"}
+    finally:
+        leases.give(held)
+    assert prune(state=state).images == 1
+    assert not (state.images / ".building-alive").exists()

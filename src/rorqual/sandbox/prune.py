@@ -27,6 +27,8 @@ from rorqual.sandbox.state import StateDir
 
 _STALE_BUILD_S = 6 * 3600
 _STALE_START_S = 60
+_STALE_LEASE_S = 10.0
+"""A snapshot's maker takes its lease right after it has made the directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,10 +161,16 @@ def _end(place: Path, record: dict[str, Any]) -> None:
         )
 
 
-def _remove_forks(state: StateDir) -> None:
-    """Layers of forks whose last user was killed: their leases are free."""
+def _remove_forks(state: StateDir) -> int:
+    """Layers of forks whose last user was killed, and snapshots whose maker was: their leases are free."""
+    removed = 0
     for place in state.images.glob(f"{leases.FORK_PREFIX}*") if state.images.is_dir() else ():
-        leases.remove_unused(str(place))
+        removed += leases.remove_unused(str(place))
+    for lease in state.images.glob(f".building-*/{leases.FILE}") if state.images.is_dir() else ():
+        with contextlib.suppress(OSError):  # finished meanwhile
+            if time.time() - lease.stat().st_mtime > _STALE_LEASE_S:
+                removed += leases.remove_unused(str(lease.parent))
+    return removed
 
 
 def prune(*, keep_days: float | None = None, state: StateDir | None = None) -> Pruned:
@@ -173,8 +181,7 @@ def prune(*, keep_days: float | None = None, state: StateDir | None = None) -> P
     """
     state = state or StateDir.from_environment()
     sandboxes, keepers = reap(state)
-    _remove_forks(state)
-    removed = 0
+    removed = _remove_forks(state)
     if state.images.is_dir():
         skeletons = sorted(state.images.glob(".base-*"), key=lambda path: path.stat().st_mtime)
         doomed = [*state.images.glob(".building-*"), *state.images.glob(".removing-*")]
