@@ -59,3 +59,24 @@ def test_density_counts_what_lives_and_answers_and_keeps_the_parts_not_asked_for
 def test_options_that_mean_nothing_are_refused(name: str, options: list[str], words: str) -> None:
     done = run(name, *options)
     assert done.returncode == 2 and words in done.stderr
+
+
+_MANY = """
+import asyncio, resource
+from rorqual.sandbox import AsyncSandbox
+resource.setrlimit(resource.RLIMIT_NOFILE, (72, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+async def main():
+    boxes = []
+    for _ in range(30):
+        boxes.append(await AsyncSandbox.create(memory_mb=64, disk_mb=16))
+    answers = await asyncio.gather(*[sb.commands.run("ulimit -Sn") for sb in boxes])
+    print(len(answers), {answer.stdout for answer in answers})
+    await asyncio.gather(*[sb.kill() for sb in boxes])
+asyncio.run(main())
+"""
+
+
+def test_a_keeper_holds_more_sandboxes_than_its_callers_descriptors_would_let_it(runtime: str) -> None:
+    done = subprocess.run([sys.executable, "-c", _MANY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert done.stdout.startswith("30 ") and done.stdout.count("'") == 2, done.stdout

@@ -24,6 +24,8 @@ from rorqual.sandbox.keeper import cgroups, door, holds, launch, leases, linux, 
 from rorqual.sandbox.keeper.removal import remove_tree
 
 MAX_LINE = 4 << 20
+MAX_FILES = 1 << 18
+"""Descriptors that a keeper asks for, where the host's hard limit allows them."""
 GRACE_S = 5.0
 """Seconds between the SIGKILL of a sandbox and giving up on its reaping."""
 
@@ -588,6 +590,9 @@ def remove_directory(directory: str, userns: dict[str, str] | None) -> None:
 def main() -> None:
     directory, owner_pid = sys.argv[1], int(sys.argv[2])
     os.umask(0o022)
+    # A sandbox takes two descriptors, and a shell's usual limit is 1,024. What it starts has limits of its own.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_FILES), hard))
     keeper = Keeper(directory, owner_pid)
     os.write(1, b"ready\n")
     keeper.run()
