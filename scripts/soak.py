@@ -7,6 +7,7 @@ do). Every --check-every sandboxes both stand still, and everything named in soa
 after 20 s is a leak. The last part of the run (--steady) is without kills, so that one edge, one keeper and one client
 live long enough to see whether their memory and descriptors grow.
 The log, soak.jsonl in the directory, has a line for all that happened; the same command goes on where it stopped.
+Ctrl-C or SIGTERM ends it after the sandboxes that are under way, with a report of what was done.
 Exit code 0: nothing failed, nothing was left, nothing grew; 1 otherwise; the JSON says what.
 """
 
@@ -36,6 +37,7 @@ from rorqual.sandbox.state import StateDir
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENT = Path(__file__).with_name("soak_client.py")
+OUTCOMES = ("ok", "cut", "killed", "failed")
 QUIET_S = 20.0
 """How long a check waits: a lease (2 s), a keeper's own end, an edge that adopts."""
 PATIENCE_S = 120.0
@@ -91,7 +93,10 @@ class Edge:
         command = [sys.executable, "-m", "rorqual.cli", "edge", "--name", "soak", "--socket", path]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--audit-log", os.devnull], stdout=subprocess.PIPE, stderr=log
+                [*command, "--audit-log", os.devnull],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
             )
         self.made = 0
         deadline = time.monotonic() + 60.0
@@ -138,6 +143,7 @@ class Lane:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,  # Ctrl-C is ours
             )
             self.made = 0
         return self.client
@@ -225,13 +231,20 @@ class Soak:
             Lane("sdk", self.journal, random.Random(self.rng.random()), None),
             Lane("edge", self.journal, random.Random(self.rng.random()), self.edge),
         ]
+        self.stopping = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
         self.journal.add("start", at=self.done, count=options.count, load=os.getloadavg(), pid=os.getpid())
+
+    def stop(self, *_: object) -> None:
+        """Ends after the sandboxes that are under way, with a check and a report of what was done."""
+        self.stopping = True
 
     def run(self) -> int:
         options = self.options
         try:
             self.check()
-            while self.pending:
+            while self.pending and not self.stopping:
                 numbers, self.pending = (
                     self.pending[: options.check_every],
                     self.pending[options.check_every :],
@@ -246,7 +259,8 @@ class Soak:
                     thread.start()
                 for thread in threads:
                     thread.join()
-                self.done += len(numbers)
+                counts = self.journal.counts
+                self.done = sum(counts[outcome] for outcome in OUTCOMES)
                 self.check()
         finally:
             for lane in self.lanes:
@@ -261,7 +275,7 @@ class Soak:
         return 0 if report["verdict"] == "clean" else 1
 
     def lane(self, lane: Lane, numbers: list[int], calm: bool) -> None:
-        while numbers:
+        while numbers and not self.stopping:
             size = min(len(numbers), lane.rng.randint(2, 12))
             chunk, numbers = numbers[:size], numbers[size:]
             kill, dice = "", lane.rng.random()
@@ -313,7 +327,7 @@ class Soak:
 
     def progress(self) -> None:
         counts = self.journal.counts
-        done = sum(counts[outcome] for outcome in ("ok", "cut", "killed", "failed"))
+        done = sum(counts[outcome] for outcome in OUTCOMES)
         rate = (done - self.begun_at) / max(0.001, time.monotonic() - self.begun)
         width = 30 * done // self.options.count
         left = sum(len(row["left"]) for row in self.journal.of("check"))

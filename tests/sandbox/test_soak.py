@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,22 @@ def test_a_soak_goes_on_where_it_stopped(runs: None, tmp_path: Path) -> None:
     assert code == 0 and report["made"] == 6
     assert [row["number"] for row in rows if row["event"] == "made"].count(3) == 1
     assert [row["at"] for row in rows if row["event"] == "start"] == [0, 4]
+
+
+def test_a_soak_that_is_stopped_reports_what_it_did(runs: None, tmp_path: Path) -> None:
+    command = [sys.executable, str(SOAK), "--directory", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    with subprocess.Popen(
+        [*command, "--count", "500", "--steady", "1"], stderr=subprocess.DEVNULL
+    ) as process:
+        log, deadline = tmp_path / "soak.jsonl", time.monotonic() + 60
+        while not (log.is_file() and '"ok"' in log.read_text(encoding="utf-8")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    report = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert report["verdict"] == "clean" and 1 <= report["made"] < 500 == report["asked"]
+    assert report["checks"] == 2
 
 
 @pytest.mark.parametrize("wrong", [["--count", "0"], ["--steady", "2"], ["--check-every", "1"]])
