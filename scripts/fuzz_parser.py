@@ -94,8 +94,8 @@ REPEATED = [
 ]
 LEADS = ("", "</think>", f'\n\n<{D}tool_calls>\n<{D}invoke name="bash">\n')
 LONG = 200_000
-MAX_NS_A_CHARACTER = 12_000
-"""Far above what an honest text costs (30 ns), far below what quadratic work would at LONG characters."""
+MAX_GROWTH = 9.0
+"""Linear work grows fourfold with four times the text, quadratic work sixteenfold."""
 
 
 def make(chance: random.Random) -> str:
@@ -139,12 +139,22 @@ def check(text: str, pieces: Sequence[str], **options: Any) -> None:
             assert marker not in message.content + message.reasoning_content, f"{marker} leaked"
 
 
-def check_long(chance: random.Random, unit: str, lead: str, *, size: int = LONG) -> None:
-    text = lead + unit * (size // len(unit))
+def seconds_of(pieces: Sequence[str]) -> float:
+    """CPU time of reading them."""
     begun = time.process_time()
-    read(cut(chance, text) if chance.random() < 0.5 else [text], tools=TOOLS)
-    spent = (time.process_time() - begun) / len(text) * 1e9
-    assert spent < MAX_NS_A_CHARACTER, f"{spent:.0f} ns a character of {unit!r} repeated behind {lead!r}"
+    read(pieces, tools=TOOLS)
+    return time.process_time() - begun
+
+
+def check_long(chance: random.Random, unit: str, lead: str, *, size: int = LONG) -> None:
+    """Four times the text takes about four times as long, whatever else the machine does."""
+    short, long = (lead + unit * (n // len(unit)) for n in (size // 4, size))
+    pieces = (cut(chance, short), cut(chance, long)) if chance.random() < 0.5 else ([short], [long])
+    for _ in range(3):  # a busy machine's clock may lie once
+        few, many = map(seconds_of, pieces)
+        if many < 0.05 or many < MAX_GROWTH * few:
+            return
+    raise AssertionError(f"{few:.3f} s, four times the text {many:.3f} s: {unit!r} repeated behind {lead!r}")
 
 
 def run(seconds: float, *, seed: int) -> int:

@@ -41,7 +41,8 @@ mount -t overlay -o lowerdir=/job:/lower,upperdir=/rw/upper,workdir=/rw/work ove
 for d in proc sys dev; do mount --move /$d /root/$d; done
 mkdir -p /root/dev/pts /root/dev/shm; mount -t devpts -o ptmxmode=666 pts /root/dev/pts
 mount -t cgroup2 cgroup2 /root/sys/fs/cgroup
-for d in run tmp dev/shm; do mount -t tmpfs -o mode=1777 tmpfs /root/$d; done
+for d in run dev/shm; do mount -t tmpfs -o mode=1777 tmpfs /root/$d; done
+mkdir -p /root/tmp; chmod 1777 /root/tmp  # the overlay, which a checkout below /tmp shows through
 ip link set lo up; hostname nested-host; echo 1 > /root/proc/sys/net/ipv4/conf/all/forwarding
 exec switch_root /root /bin/sh /nested-command
 """
