@@ -135,6 +135,8 @@ def test_a_forked_child_has_its_own_keeper_and_does_not_hold_ours(runtime: str) 
                 from rorqual.sandbox.keeper.client import close_all
 
                 close_all()
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
