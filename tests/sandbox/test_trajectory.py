@@ -5,16 +5,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from rorqual.sandbox import AsyncSandbox, TrajectoryError
 from rorqual.sandbox import trajectory_store as store
-from rorqual.sandbox.trajectory import HALF_KEPT, Log, bounded, open_log
+from rorqual.sandbox.trajectory import HALF_KEPT, Log, bounded, close_all, open_log
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,3 +129,50 @@ def test_old_sandboxes_are_forgotten_whole(tmp_path: Path) -> None:
     log = Log(Path(path))
     assert len(log.read("young")) == 2 and not log.read("old")
     log.close()
+
+
+def test_children_forked_in_the_middle_of_writing_write_too_and_harm_nothing(tmp_path: Path) -> None:
+    """SQLite keeps its locks in the process: what a fork copies would be held by nobody."""
+    path = tmp_path / "log.db"
+    log = open_log(path)
+    over = threading.Event()
+
+    def write(name: str, count: int) -> None:
+        for number in range(count):
+            log = open_log(path)
+            seq = asyncio.run(log.begin(sandbox=name, kind="command", request={"n": number}))
+            log.finish(sandbox=name, seq=seq, result={"exit_code": 0}, stdout=b"x" * 5000)
+
+    def keep_writing() -> None:
+        while not over.is_set():
+            write("parent", 5)
+
+    writer = threading.Thread(target=keep_writing)
+    writer.start()
+    children = []
+    for number in range(12):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                write(f"child-{number}", 10)
+                close_all()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+        time.sleep(0.02)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    over.set()
+    writer.join()
+    log = open_log(path)
+    asyncio.run(log.flush())
+    assert codes == [0] * 12
+    assert [len(log.read(f"child-{number}")) for number in range(12)] == [10] * 12
+    log.close()
+    check = subprocess.run(
+        [sys.executable, "-c", "import sqlite3, sys\n"
+         "print(sqlite3.connect(sys.argv[1]).execute('PRAGMA integrity_check').fetchone()[0])", str(path)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert check.stdout == "ok\n"

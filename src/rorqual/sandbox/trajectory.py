@@ -17,7 +17,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,9 @@ class Log:
             self._connection = store.connect(str(path))
         except (sqlite3.Error, OSError, ValueError) as error:
             raise TrajectoryError(f"cannot open the trajectory log {path}: {error}") from error
+        self._open = True
+        self._busy = threading.Lock()
+        """Held while SQLite works; a fork waits for it, and leaves nothing of SQLite's open in the child."""
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._failed = ""
         self._thread = threading.Thread(target=self._write, name="rorqual-trajectory", daemon=True)
@@ -121,15 +124,16 @@ class Log:
     def read(self, sandbox: str, *, after: int = 0) -> list[TrajectoryEntry]:
         """Every row of a sandbox with a number above `after`, in order. Reads through its own connection."""
         try:
-            connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=10.0)
-            try:
-                rows = connection.execute(
-                    "SELECT seq, kind, request, result, stdout, stderr, started, ended, input FROM trajectory "
-                    "WHERE sandbox = ? AND seq > ? ORDER BY seq",
-                    (sandbox, after),
-                ).fetchall()
-            finally:
-                connection.close()
+            with self._busy:
+                connection = sqlite3.connect(f"file:{self.path}?mode=ro", uri=True, timeout=10.0)
+                try:
+                    rows = connection.execute(
+                        "SELECT seq, kind, request, result, stdout, stderr, started, ended, input "
+                        "FROM trajectory WHERE sandbox = ? AND seq > ? ORDER BY seq",
+                        (sandbox, after),
+                    ).fetchall()
+                finally:
+                    connection.close()
         except sqlite3.Error as error:
             raise TrajectoryError(f"cannot read the trajectory log {self.path}: {error}") from error
         return [
@@ -173,15 +177,12 @@ class Log:
                     break
             jobs = [item for item in batch if item is not None]
             try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                values = [work() for work, _ in jobs]
-                self._connection.execute("COMMIT")
-            except (sqlite3.Error, ValueError) as error:
+                with self._busy:
+                    values = self._commit([work for work, _ in jobs])
+            except (sqlite3.Error, OSError, ValueError) as error:
                 # A full disk or a lost file: the log is the promise, so nothing may run without it from here
                 # on.
                 self._failed = str(error)
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
                 failure = TrajectoryError(f"the trajectory log {self.path} cannot be written: {error}")
                 for _, future in jobs:
                     if future.set_running_or_notify_cancel():
@@ -192,8 +193,36 @@ class Log:
                         future.set_result(value)
             if len(jobs) < len(batch) or self._failed:
                 self._drain()
-                self._connection.close()
+                with self._busy:
+                    self._connection.close()
+                    self._open = False
                 return
+
+    def _commit(self, works: Sequence[Callable[[], Any]]) -> list[Any]:
+        """In one transaction. Raises sqlite3.Error, OSError, ValueError; then nothing of it is there."""
+        if not self._open:  # a fork closed it
+            self._connection = store.connect(str(self.path))
+            self._open = True
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            values = [work() for work in works]
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+        return values
+
+    def let_go(self) -> None:
+        """Before a fork: waits for SQLite, and closes it; the next write opens it again. See `resume`."""
+        self._busy.acquire()
+        if self._open:
+            self._connection.close()
+            self._open = False
+
+    def resume(self) -> None:
+        """After the fork, in the parent."""
+        self._busy.release()
 
     def _drain(self) -> None:
         self._failed = self._failed or "it was closed"
@@ -248,11 +277,30 @@ def close_all() -> None:
         log.close()
 
 
+_forking: list[Log] = []
+
+
+def _before_fork() -> None:
+    """SQLite keeps its locks of a file in the process: a child with a copy of them takes itself for their holder."""
+    _lock.acquire()
+    _forking[:] = _logs.values()
+    for log in _forking:
+        log.let_go()
+
+
+def _after_fork_in_parent() -> None:
+    for log in _forking:
+        log.resume()
+    _forking.clear()
+    _lock.release()
+
+
 def _after_fork() -> None:
     global _lock
     _lock = threading.Lock()
     _logs.clear()
+    _forking.clear()
 
 
 atexit.register(close_all)
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
