@@ -227,7 +227,8 @@ for source, kind, data in tries:
             folders[:] = folders[:5]
             for name in files[:5]:
                 try:
-                    print(open(os.path.join(root, name), errors="replace").read(200))
+                    if os.path.isfile(os.path.join(root, name)):  # a terminal's device would wait for input
+                        print(open(os.path.join(root, name), errors="replace").read(200))
                 except (OSError, ValueError):
                     pass
             if root.count("/") > 3:
