@@ -29,7 +29,7 @@ MAX_PLANS = 256
 """Compiled grammars kept, least recently used first out."""
 MAX_GRAMMAR = 4 << 20
 """Longest grammar, in characters: larger offers are refused, not compiled."""
-_VALUE_MARKS = (' string="true">', ' string="false">')
+_VALUE_MARKS = (b' string="true">', b' string="false">')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,10 +134,7 @@ class Constrainer:
 
 
 class Constraint:
-    """The state of one completion. For each token: `fill` a mask, sample, `push` the token.
-
-    reserve: tokens that a forced answer needs behind its reasoning; `ending` tells it when so few are left.
-    """
+    """The state of one completion. For each token: `fill` a mask, sample, `push` the token."""
 
     def __init__(self, constrainer: Constrainer, plan: _Plan, *, thinking: bool) -> None:
         tokenizer = constrainer.tokenizer
@@ -225,7 +222,7 @@ class Constraint:
         elif self._in_calls and not self._in_value:
             self._tag += self._tokenizer.decode_bytes([token_id])
             self._in_value = self._tag.startswith(b"parameter") and any(
-                mark.encode() in self._tag for mark in _VALUE_MARKS
+                mark in self._tag for mark in _VALUE_MARKS
             )
 
 
